@@ -1,0 +1,92 @@
+"""Context passages of a call: found, dropped and rendered back in place, the text around them byte-identical.
+
+Passages come from the call's `context` field, or are cut from a long user message at its blank lines. Rendering is
+what every engine does last: it turns `context`, and nothing else, into message text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from thrifty.call import CONTEXT_MARK, Call, Message, text_of
+
+SEPARATOR = "\n\n"
+"""Between the passages of the `context` field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Passages:
+    """The passages of one call. `texts[i]` may be dropped; `keep` says which stay."""
+
+    texts: tuple[str, ...]
+    source: int | None = None
+    """the message the passages were cut from; None: the call's `context` field"""
+    pieces: tuple[str, ...] = ()
+    """the cut message's text in order: joined, they are the message"""
+    where: tuple[int, ...] = ()
+    """index into `pieces` of each passage"""
+
+    def keep(self, call: Call, order: Sequence[int]) -> Call:
+        """The call with only the passages in `order`. Those cut from a message stay in its order."""
+        if self.source is None:
+            return replace(call, context=tuple(self.texts[i] for i in order))
+        kept = {self.where[i] for i in order}
+        dropped = set(self.where) - kept
+        text = "".join(piece for i, piece in enumerate(self.pieces) if i not in dropped)
+        return replace(call, messages=_with_text(call.messages, self.source, text))
+
+
+def passages(call: Call, count: Callable[[str], int], over: int) -> Passages:
+    """The call's passages: its `context`, else the paragraphs of the last user message longer than `over` tokens.
+
+    The last paragraph of a cut message stays: it is where a question stands. `count` gives the tokens of a text.
+    """
+    if call.context:
+        return Passages(call.context)
+    for i in range(len(call.messages) - 1, -1, -1):
+        message = call.messages[i]
+        if message.get("role") != "user" or not isinstance(message.get("content"), str):
+            continue
+        text = str(message["content"])
+        if count(text) <= over:
+            continue
+        pieces = tuple(re.findall(r"(?s).+?(?:\n\s*\n|\Z)", text))
+        if len(pieces) > 1 and "".join(pieces) == text:
+            return Passages(pieces[:-1], i, pieces, tuple(range(len(pieces) - 1)))
+    return Passages(())
+
+
+def render(call: Call) -> tuple[Message, ...]:
+    """The call's messages with its context in place.
+
+    The context replaces the first `CONTEXT_MARK` in a user message; without a mark it stands before the text of the
+    last user message. A call without context loses only its mark, and a system or assistant message never changes.
+    """
+    block = SEPARATOR.join(call.context)
+    users = [i for i, m in enumerate(call.messages) if m.get("role") == "user"]
+    for i in users:
+        text = text_of(call.messages[i])
+        if CONTEXT_MARK in text:
+            before, _, after = text.partition(CONTEXT_MARK)
+            if not block and after.startswith(SEPARATOR):
+                after = after[len(SEPARATOR) :]
+            return _with_text(call.messages, i, before + block + after)
+    if not block:
+        return call.messages
+    if not users:
+        return (*call.messages, {"role": "user", "content": block})
+    last = users[-1]
+    return _with_text(call.messages, last, block + SEPARATOR + text_of(call.messages[last]))
+
+
+def _with_text(messages: tuple[Message, ...], index: int, text: str) -> tuple[Message, ...]:
+    """One message's text replaced; parts that are not text stay where they are, after it."""
+    old = messages[index]
+    content = old.get("content")
+    if isinstance(content, str) or content is None:
+        new: object = text
+    else:
+        new = [{"type": "text", "text": text}, *(p for p in content if p.get("type") != "text")]
+    return (*messages[:index], {**old, "content": new}, *messages[index + 1 :])

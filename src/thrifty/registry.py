@@ -1,0 +1,80 @@
+"""Finds methods: built-in ones by their file, other people's by the entry-point group `thrifty.methods`.
+
+A built-in method lives in `thrifty/methods/FAMILY/NAME.py`; the file's name with hyphens is its registered name, so
+listing names imports nothing and asking for one imports one file. An entry point's name is the method's name, and its
+object is the Method class.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from thrifty.errors import InvalidInput, PlanError, nearest
+from thrifty.method import FAMILIES, Method
+
+GROUP = "thrifty.methods"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a method comes from: a module of ours, or an entry point `package.module:Class`."""
+
+    family: str
+    target: str
+    origin: str
+
+
+@functools.cache
+def sources() -> Mapping[str, Source]:
+    """Every known method's name and where it comes from, sorted by name. Raises PlanError when two share a name."""
+    import importlib.metadata  # slow to load, and only asked for by name look-ups
+
+    found: dict[str, Source] = {}
+    root = Path(__file__).parent / "methods"
+    for family in FAMILIES:
+        for file in sorted((root / family).glob("[!_]*.py")):
+            name = file.stem.replace("_", "-")
+            found[name] = Source(family, f"thrifty.methods.{family}.{file.stem}", "thrifty")
+    for point in importlib.metadata.entry_points(group=GROUP):
+        origin = point.dist.name if point.dist else "unknown package"
+        if point.name in found:
+            raise PlanError(
+                f"method {point.name!r} is provided by {found[point.name].origin} and {origin}: uninstall one of them"
+            )
+        found[point.name] = Source("third_party", point.value, origin)
+    return dict(sorted(found.items()))
+
+
+@functools.cache
+def get(name: str) -> type[Method]:
+    """The class of a method. Raises InvalidInput with the nearest name when there is none."""
+    source = sources().get(name)
+    if source is None:
+        raise InvalidInput(nearest(name, sources(), "method"))
+    module_name, _, attribute = source.target.partition(":")
+    module = importlib.import_module(module_name)
+    if attribute:
+        found = getattr(module, attribute, None)
+        if not (inspect.isclass(found) and issubclass(found, Method)):
+            raise PlanError(f"method {name!r} of {source.origin}: {source.target} is no thrifty.Method class")
+        return found
+    classes = [
+        c
+        for c in vars(module).values()
+        if inspect.isclass(c) and issubclass(c, Method) and c.__module__ == module_name and c.name == name
+    ]
+    if len(classes) != 1:
+        raise PlanError(
+            f"{module_name} must define one Method with name = {name!r}; it defines {len(classes)}"
+        )
+    return classes[0]
+
+
+def names() -> tuple[str, ...]:
+    """The names of all methods, sorted."""
+    return tuple(sources())
