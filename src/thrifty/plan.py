@@ -20,6 +20,7 @@ from thrifty import registry
 from thrifty.budget import Account, Budget
 from thrifty.call import Answer, Branch, Call, Message
 from thrifty.engine import CAPABILITIES, Engine
+from thrifty.engines.kinds import KNOWN
 from thrifty.errors import InvalidInput, PlanError, nearest
 from thrifty.method import FLOATING, STAGES, Method, Next
 
@@ -299,14 +300,6 @@ def _check_engine(who: str, role: str, needs: frozenset[str], engines: Mapping[s
         raise PlanError(
             f"{who!r} needs {_words(missing)}, which engine {engine.name}:{engine.model} lacks; {offer}"
         )
-
-
-KNOWN: Mapping[str, frozenset[str]] = {
-    "scripted": frozenset({"text", "sampling", "logprobs", "embed", "continue", "branch"}),
-    "openai": frozenset({"text", "sampling", "logprobs", "embed", "continue"}),
-    "local": CAPABILITIES - {"gradients"},
-}
-"""What the built-in kinds of engine can provide, for error messages."""
 
 
 def _words(needs: frozenset[str]) -> str:

@@ -1,0 +1,52 @@
+# Two commands: `make demo` does the main job on a real model, `make test` runs the tests. See README.md.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORE := .venv-core
+EXTRAS := local,bench,ledger,prices,docs,test,lint
+
+.PHONY: setup models demo test check lint types docs slow blackbox bench clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $@
+
+models: setup
+	$(BIN)/thrifty models get smollm2 minilm
+
+demo: models
+	$(BIN)/thrifty frontier demo --model smollm2 --out out/demo
+
+test: models
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/blackbox
+
+check: lint types docs slow blackbox
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/mkdocs build --strict --quiet --site-dir out/site
+
+slow: models
+	$(BIN)/python -m pytest -m slow --ignore tests/blackbox
+
+# As a user without torch has it: only the core, in a venv of its own.
+blackbox: $(CORE)/.ready
+	$(CORE)/bin/python -m pytest -p no:cacheprovider tests/blackbox
+
+$(CORE)/.ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(CORE)
+	$(CORE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest pytest-asyncio pytest-timeout
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(CORE) out

@@ -1,0 +1,89 @@
+"""`thrifty methods`: what can be put into a plan."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from thrifty import registry
+from thrifty.cli._options import Json, print_json
+from thrifty.method import Method
+
+app = typer.Typer(help="List the methods, or show one.", invoke_without_command=True)
+
+
+@app.callback()
+def listing(context: typer.Context, json: Json = False) -> None:
+    """List every method with its family, kind and source."""
+    if context.invoked_subcommand is not None:
+        return
+    rows = [describe(registry.get(name)) for name in registry.names()]
+    if json:
+        print_json(rows)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("method", "family", "kind", "needs", "source")
+    for row in rows:
+        table.add_row(row["name"], row["family"], row["kind"], ", ".join(row["needs"]), row["paper"])
+    Console().print(table)
+
+
+@app.command("show")
+def show(name: Annotated[str, typer.Argument(help="A method's name.")], json: Json = False) -> None:
+    """Show one method: paper, needs, knobs, and what the bench measured."""
+    row = describe(registry.get(name))
+    measured = _measured(name)
+    if json:
+        print_json({**row, "measured": measured})
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"[bold]{row['name']}[/bold]  ({row['family']}, {row['kind']})\n{escape(row['about'])}\n")
+    console.print(f"source: {escape(row['paper'])}\nneeds: {', '.join(row['needs'])}")
+    for role, needs in row["roles"].items():
+        console.print(f"uses an engine as {role}: {', '.join(needs)}")
+    if row["knobs"]:
+        table = Table("knob", "default", "allowed", "what it does")
+        for knob in row["knobs"]:
+            table.add_row(knob["name"], str(knob["default"]), knob["allowed"], knob["help"])
+        console.print(table)
+    if not measured:
+        console.print("measured: not on a model yet; run `thrifty frontier`")
+    for line in measured:
+        console.print(f"measured: {escape(line['text'])}")
+
+
+def describe(method: type[Method]) -> dict[str, Any]:
+    """A method as JSON has it."""
+    knobs = [
+        {"name": name, "default": default, "allowed": allowed.describe(), "help": allowed.help}
+        for name, (default, allowed) in method.knobs().items()
+    ]
+    return {
+        "name": method.name,
+        "family": method().family,
+        "kind": method.kind,
+        "paper": method.paper,
+        "version": method.version,
+        "needs": sorted(method.needs),
+        "roles": {role: sorted(needs) for role, needs in method.roles.items()},
+        "knobs": knobs,
+        "identity": method.identity,
+        "no_identity": method.no_identity,
+        "about": (method.__doc__ or "").strip().split("\n\n")[0],
+    }
+
+
+def _measured(name: str) -> list[dict[str, Any]]:
+    """What the committed results say of a method; empty where the bench extra or the data are missing."""
+    try:
+        from thrifty.bench.catalogue import measured
+    except ImportError:
+        return []
+    return measured(name)

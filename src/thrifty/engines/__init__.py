@@ -1,0 +1,1 @@
+"""What produces tokens: scripted, OpenAI-compatible servers, and local models."""
