@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -21,15 +22,15 @@ def listing(context: typer.Context, json: Json = False) -> None:
 
     rows = embedded.listing()
     if json:
-        print_json(rows)
+        print_json([{**asdict(row), "path": str(row.path)} for row in rows])
         return
     from rich.console import Console
     from rich.table import Table
 
     table = Table("model", "kind", "licence", "MB", "here", "folder")
     for row in rows:
-        here = "yes" if row["present"] else "no"
-        table.add_row(row["name"], row["kind"], row["licence"], f"{row['size'] / 1e6:.0f}", here, str(row["path"]))
+        here = "yes" if row.present else "no"
+        table.add_row(row.name, row.kind, row.licence, f"{row.size / 1e6:.0f}", here, str(row.path))
     Console().print(table)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -82,7 +83,7 @@ class _bar:
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet or not sys.stderr.isatty()
 
-    def __enter__(self) -> object:
+    def __enter__(self) -> Callable[[batch.Progress], None] | None:
         if self.quiet:
             return None
         from rich.console import Console

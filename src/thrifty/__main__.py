@@ -1,0 +1,5 @@
+"""`python -m thrifty`."""
+
+from thrifty.cli import main
+
+main()
