@@ -72,7 +72,8 @@ def _clamped(total: int, weights: list[Fraction], lows: list[int], highs: list[i
     if above is None:  # every weighted part is full: the rest goes to parts of weight zero, in order
         return _fill(start, missing, highs)
     # Between two breakpoints the sum is linear in t, with the slope of the parts that no bound stops.
-    slope = sum(w for w, lo, hi in zip(weights, lows, highs, strict=True) if w and lo <= below * w < hi)
+    rising = [w for w, lo, hi in zip(weights, lows, highs, strict=True) if w and lo <= below * w < hi]
+    slope = sum(rising, Fraction(0))
     return at(below + missing / slope)
 
 

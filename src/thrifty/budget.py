@@ -1,109 +1,51 @@
-"""Budgets and accounts: what may be spent, what is held, what is settled.
+"""Accounts: budgets in use. What may be spent, what is held, what is settled.
 
-An Account is a Budget in use, and accounts nest: a hold on a leaf is checked and taken at every level, from the
-root to the leaf, under one lock that the whole tree shares. So for every resource that adds, at every moment and at
-every level,
+Accounts nest: a hold on a leaf is checked and taken at every level, from the root to the leaf, under one lock that
+the whole tree shares. So for every resource that adds, at every moment and at every level,
 
     settled + held <= limit + overdraft
 
-where overdraft is what was settled beyond a limit because a provider billed more than was held. Nothing here waits,
-so accounts serve threads and asyncio alike; only `Hold.settle` may block, until a durable ledger has committed.
+where overdraft is what was settled beyond a limit because a provider billed more than was held. Amounts are
+integers (seconds are counted in nanoseconds), so nothing drifts. Nothing here waits, so accounts serve threads and
+asyncio alike; only `Hold.settle` and durable holds may block, until a durable ledger has committed.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from decimal import Decimal, InvalidOperation
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 from thrifty.allocate import allocate
-from thrifty.errors import BudgetExceeded, InvalidInput, ThriftyError, nearest
-from thrifty.ledger.entry import NO_LABELS, Entry, HoldRecord, Labels, LedgerLike, Ticket
-from thrifty.spend import NANO, SPEND_FIELDS, WORK_ADDING, Spend, Work
+from thrifty.errors import BudgetExceeded, InvalidInput, nearest
+from thrifty.hold import Hold
+from thrifty.ledger.entry import NO_LABELS, HoldRecord, Labels, LedgerLike
+from thrifty.limits import Budget, tightest
+from thrifty.resources import (
+    INDEX,
+    NO_WORK,
+    OUTPUT,
+    RESOURCES,
+    TOKENS,
+    Amounts,
+    amounts_of,
+    shown,
+    units,
+    without,
+)
+from thrifty.spend import SPEND_FIELDS, Spend, Work
 
-RESOURCES: tuple[str, ...] = ("tokens", *SPEND_FIELDS, *WORK_ADDING)
-"""What can be held and settled, in the order of the vectors below."""
+__all__ = ["RESOURCES", "Account", "Budget", "Hold", "tightest"]
 
-_INDEX = {name: i for i, name in enumerate(RESOURCES)}
-_TOKENS, _OUTPUT, _SIZE = _INDEX["tokens"], _INDEX["output"], len(RESOURCES)
+_SIZE = len(RESOURCES)
+_PREFILL, _DRAFT = INDEX["prefill"], INDEX["draft_passes"]
 _NOTHING = Spend()
-_NO_WORK = Work()
-_MOST = 2**62  # above this, sums of limits could leave SQLite's and Parquet's 64-bit integers
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Limits on Spend and Work. None means unlimited.
-
-    `tokens` limits input + output; `usd` is in 1e-9 USD (`from_dict`, and so TOML, takes dollars). `kv_bytes_peak` is
-    checked when memory is taken. `deadline` is in seconds of wall clock after the account was opened; it is checked at
-    every hold and growth, not held.
-
-    >>> Budget(output=100)
-    Budget(output=100)
-    """
-
-    tokens: int | None = None
-    input: int | None = None
-    cached: int | None = None
-    visual: int | None = None
-    output: int | None = None
-    reasoning: int | None = None
-    calls: int | None = None
-    tool_calls: int | None = None
-    usd: int | None = None
-    prefill: int | None = None
-    kv_reads: int | None = None
-    target_passes: int | None = None
-    draft_passes: int | None = None
-    engine_seconds: float | None = None
-    kv_bytes_peak: int | None = None
-    deadline: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in self.limits().items():
-            real = name in ("engine_seconds", "deadline")
-            kinds = (int, float) if real else (int,)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value <= _MOST:
-                kind = "number" if real else "whole number"
-                raise InvalidInput(f"budget {name} = {value!r}: a {kind} from 0 to {_MOST:,} is needed")
-
-    def __repr__(self) -> str:
-        return f"Budget({', '.join(f'{k}={v!r}' for k, v in self.limits().items())})"
-
-    def limits(self) -> dict[str, float]:
-        """Only the limits that are set."""
-        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
-
-    def to_dict(self) -> dict[str, float]:
-        """As TOML has it: only what is limited, usd in dollars."""
-        limits = self.limits()
-        if "usd" in limits:
-            limits["usd"] = float(Decimal(int(limits["usd"])) / NANO)
-        return limits
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Budget:
-        """Reads what `to_dict` writes; raises InvalidInput for an unknown resource or an absurd value.
-
-        >>> Budget.from_dict({"usd": 0.25, "output": 96})
-        Budget(output=96, usd=250000000)
-        """
-        known = [f.name for f in fields(cls)]
-        values = dict(data)
-        for name in values:
-            if name not in known:
-                raise InvalidInput(nearest(name, known, "budget resource"))
-        if "usd" in values:
-            values["usd"] = _nano(values["usd"])
-        return cls(**values)
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Account:
     """A Budget in use. Make the root with `Account("name", Budget(...), ledger=...)`, the others with `child`,
     `reserve` and `split`."""
@@ -112,31 +54,42 @@ class Account:
     budget: Budget = field(default_factory=Budget)
     ledger: LedgerLike | None = None
     parent: Account | None = None
-    _lock: Any = field(default=None, repr=False)
-    _limits: list[float | None] = field(default_factory=list, repr=False)
-    _bound: tuple[int, ...] = field(default=(), repr=False)
-    _settled: list[float] = field(default_factory=lambda: [0] * _SIZE, repr=False)
-    _held: list[float] = field(default_factory=lambda: [0] * _SIZE, repr=False)
-    _overdraft: list[float] = field(default_factory=lambda: [0] * _SIZE, repr=False)
-    _backing: dict[int, float] = field(default_factory=dict, repr=False)
-    _chain: tuple[Account, ...] = field(default=(), repr=False)
     path: str = field(default="", init=False)
     """the names from the root to this account, joined by '/'"""
-    _bytes: int = field(default=0, repr=False)
-    _bytes_peak: int = field(default=0, repr=False)
-    _opened: float = field(default_factory=time.monotonic, repr=False)
-    _closed: bool = field(default=False, repr=False)
+    _lock: Any = field(init=False, repr=False)
+    _chain: tuple[Account, ...] = field(init=False, repr=False)
+    """this account and those above it, leaf first"""
+    _down: tuple[Account, ...] = field(init=False, repr=False)
+    """the same, root first"""
+    _timed: tuple[Account, ...] = field(init=False, repr=False)
+    """those of them that have a deadline"""
+    _bound: tuple[tuple[int, int], ...] = field(init=False, repr=False)
+    """the limits that are set: resource and amount"""
+    _settled: list[int] = field(default_factory=lambda: [0] * _SIZE, init=False, repr=False)
+    _held: list[int] = field(default_factory=lambda: [0] * _SIZE, init=False, repr=False)
+    _overdraft: list[int] = field(default_factory=lambda: [0] * _SIZE, init=False, repr=False)
+    _reserved: Amounts = field(default_factory=dict, init=False, repr=False)
+    """of a reserve: what was taken from the account above"""
+    _backed: bool = field(default=False, init=False, repr=False)
+    """whether this account or one above it is a reserve"""
+    _seconds: float = field(default=0.0, init=False, repr=False)
+    _bytes: int = field(default=0, init=False, repr=False)
+    _bytes_peak: int = field(default=0, init=False, repr=False)
+    _opened: float = field(default_factory=time.monotonic, init=False, repr=False)
+    _closed: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name:
             raise InvalidInput(f"account name {self.name!r}: a non-empty name without '/' is needed")
-        if self.parent is not None:
-            self.ledger = self.parent.ledger
-        self._lock = threading.Lock() if self.parent is None else self.parent._lock
-        self._limits = [getattr(self.budget, name) for name in RESOURCES]
-        self._bound = tuple(i for i, limit in enumerate(self._limits) if limit is not None)
-        self._chain = (self,) if self.parent is None else (self, *self.parent._chain)  # leaf first
-        self.path = self.name if self.parent is None else f"{self.parent.path}/{self.name}"
+        if self.parent is None:
+            self._lock, self.path, self._chain = threading.Lock(), self.name, (self,)
+        else:
+            self.ledger, self._lock, self._backed = self.parent.ledger, self.parent._lock, self.parent._backed
+            self.path, self._chain = f"{self.parent.path}/{self.name}", (self, *self.parent._chain)
+        self._down = self._chain[::-1]
+        self._timed = tuple(a for a in self._down if a.budget.deadline is not None)
+        limits = [(i, getattr(self.budget, name)) for i, name in enumerate(RESOURCES)]
+        self._bound = tuple((i, units(i, limit)) for i, limit in limits if limit is not None)
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -144,35 +97,35 @@ class Account:
     def settled(self) -> Spend:
         """What was spent, by this account and those below it."""
         with self._lock:
-            return Spend(*(int(x) for x in self._settled[1 : 1 + len(SPEND_FIELDS)]))
+            return Spend(*self._settled[1 : 1 + len(SPEND_FIELDS)])
 
     @property
     def work(self) -> Work:
         """The Work settled; `kv_bytes_peak` is the highest sum claimed at once."""
         with self._lock:
-            adding = self._settled[1 + len(SPEND_FIELDS) :]
-            return Work(*(int(x) for x in adding[:4]), float(adding[4]), kv_bytes_peak=self._bytes_peak)
+            prefill, kv_reads, target, draft = self._settled[_PREFILL : _DRAFT + 1]
+            return Work(prefill, kv_reads, target, draft, self._seconds, kv_bytes_peak=self._bytes_peak)
 
     @property
     def held(self) -> dict[str, float]:
         """What is held now, by resource; only what is not zero."""
         with self._lock:
-            return {name: self._held[i] for i, name in enumerate(RESOURCES) if self._held[i]}
+            return {RESOURCES[i]: shown(i, amount) for i, amount in enumerate(self._held) if amount}
 
     @property
     def overdraft(self) -> dict[str, float]:
         """What was settled beyond the limits, by resource; only what is not zero."""
         with self._lock:
-            return {name: self._overdraft[i] for i, name in enumerate(RESOURCES) if self._overdraft[i]}
+            return {RESOURCES[i]: shown(i, amount) for i, amount in enumerate(self._overdraft) if amount}
 
     def remaining(self) -> dict[str, float]:
         """What could still be held, for every resource that this account or one above it limits."""
         with self._lock:
-            return self._remaining()
+            return {RESOURCES[i]: shown(i, amount) for i, amount in self._remaining().items()}
 
     def room(self, resource: str) -> float | None:
         """What of one resource could still be held; None when nothing limits it."""
-        if resource not in _INDEX:
+        if resource not in INDEX:
             raise InvalidInput(nearest(resource, RESOURCES, "resource"))
         return self.remaining().get(resource)
 
@@ -181,7 +134,7 @@ class Account:
     def hold(
         self,
         ask: Spend = _NOTHING,
-        work: Work = _NO_WORK,
+        work: Work = NO_WORK,
         *,
         keep: int = 0,
         labels: Labels = NO_LABELS,
@@ -192,10 +145,10 @@ class Account:
         `keep` output tokens must still be free afterwards: they are what the answer itself will need. `durable` writes
         the hold to the ledger first, so that a crash cannot lose a call that a provider will bill.
         """
-        vector = _vector(ask, work)
+        amounts = amounts_of(ask, work)
         with self._lock:
-            self._take(vector, keep)
-        hold = Hold(self, vector, keep, labels, time.time_ns())
+            self._take(amounts, keep)
+        hold = Hold(self, amounts, keep, labels, time.time_ns())
         if durable and self.ledger is not None:
             try:
                 hold.record = self.ledger.open_hold(HoldRecord(self.path, hold.opened, ask, work, labels))
@@ -208,7 +161,7 @@ class Account:
         """Takes KV memory (negative: gives it back), or raises BudgetExceeded for `kv_bytes_peak`."""
         with self._lock:
             if nbytes > 0:
-                for account in reversed(self._chain):
+                for account in self._down:
                     limit = account.budget.kv_bytes_peak
                     if limit is not None and account._bytes + nbytes > limit:
                         raise BudgetExceeded(account.path, "kv_bytes_peak", limit, 0, account._bytes, nbytes)
@@ -218,12 +171,10 @@ class Account:
 
     def check_deadline(self) -> None:
         """Raises BudgetExceeded when the deadline of this account or of one above it has passed."""
-        now = time.monotonic()
-        for account in self._chain:
-            deadline = account.budget.deadline
-            if deadline is not None and now - account._opened > deadline:
-                spent = round(now - account._opened, 3)
-                raise BudgetExceeded(account.path, "seconds before the deadline", deadline, spent, 0, 0)
+        for account in self._timed:
+            deadline, spent = account.budget.deadline, time.monotonic() - account._opened
+            if deadline is not None and spent > deadline:
+                raise BudgetExceeded(account.path, "seconds before the deadline", deadline, round(spent, 3), 0, 0)
 
     # -- nesting -----------------------------------------------------------------------------------------------
 
@@ -234,263 +185,162 @@ class Account:
 
     def reserve(self, name: str, budget: Budget) -> Account:
         """A child whose limits are taken from this account now, until `close`. Raises BudgetExceeded."""
-        vector: list[float] = [0] * _SIZE
-        child = Account(name, budget, parent=self)
-        for i in child._bound:
-            vector[i] = child._limits[i] or 0
-        with self._lock:
-            self._take(vector, 0)
-            child._backing = {i: vector[i] for i in child._bound}
-        return child
+        return self._reserve([(name, budget)])[0]
 
     def split(self, weights: Sequence[float], names: Sequence[str] | None = None) -> list[Account]:
         """Reserves all that remains, in parts that sum to it exactly (see `allocate`), one account a weight."""
         names = names or [f"part{i}" for i in range(len(weights))]
         if len(names) != len(weights):
             raise InvalidInput(f"{len(names)} names for {len(weights)} weights: give one a part")
-        whole = {k: int(v) for k, v in self.remaining().items() if k != "engine_seconds"}
-        parts = {k: allocate(max(0, v), weights) for k, v in whole.items()}
-        return [self.reserve(name, Budget(**{k: parts[k][i] for k in parts})) for i, name in enumerate(names)]
+        with self._lock:
+            parts = {i: allocate(amount, weights) for i, amount in self._remaining().items()}
+            limits = [{RESOURCES[i]: shown(i, parts[i][n]) for i in parts} for n in range(len(names))]
+            budgets = [Budget(**limit) for limit in limits]  # type: ignore[arg-type]  # whole but for seconds
+            return self._reserve_locked(list(zip(names, budgets, strict=True)))
 
     def close(self) -> None:
         """Gives back what `reserve` took and was not spent. Idempotent; open holds keep what they have."""
         with self._lock:
             if self._closed:
                 return
+            before = self._cover()
             self._closed = True
-            if self._backing and self.parent is not None:
-                rest: list[float] = [0] * _SIZE
-                for i, left in self._backing.items():
-                    give = left - self._held[i]
-                    if give > 0:
-                        rest[i] = give
-                        self._backing[i] = left - give
-                self.parent._give(rest)
+            if self.parent is not None:
+                self.parent._move(_change(before, self._cover()), {})
 
     def __enter__(self) -> Account:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
     # -- details: every function below runs under the lock -------------------------------------------------------
 
     def _refuse_closed(self) -> None:
-        if self._closed:
-            raise InvalidInput(f"account {self.path!r} is closed: open a new one")
-
-    def _take(self, ask: list[float], keep: int) -> None:
-        """Checks `ask` from the root to the leaf, then holds it at every level that sees it."""
-        self._refuse_closed()
-        self.check_deadline()
-        seen = self._seen(ask)
-        for account, amounts in reversed(seen):
-            limits, settled, held = account._limits, account._settled, account._held
-            for i in account._bound:
-                asked = amounts[i]
-                more = asked + keep if keep and (i == _OUTPUT or i == _TOKENS) else asked
-                limit = limits[i]
-                if more and limit is not None and settled[i] + held[i] + more > limit:
-                    raise BudgetExceeded(account.path, RESOURCES[i], limit, settled[i], held[i], more)
-        for account, amounts in seen:
-            held = account._held
-            for i, asked in enumerate(amounts):
-                if asked:
-                    held[i] += asked
-
-    def _seen(self, ask: list[float]) -> list[tuple[Account, list[float]]]:
-        """What each level sees of an ask, leaf first: a reserved part was taken above already."""
-        seen = []
         for account in self._chain:
-            seen.append((account, ask))
-            if account._backing:
-                ask = list(ask)
-                for i in account._backing:
-                    ask[i] = 0
-        return seen
+            if account._closed:
+                raise InvalidInput(f"account {account.path!r} is closed: open a new one")
 
-    def _give(self, amounts: list[float]) -> None:
+    def _reserve(self, wanted: list[tuple[str, Budget]]) -> list[Account]:
+        with self._lock:
+            return self._reserve_locked(wanted)
+
+    def _reserve_locked(self, wanted: list[tuple[str, Budget]]) -> list[Account]:
+        """Takes all that is wanted, or nothing."""
+        children = [Account(name, budget, parent=self) for name, budget in wanted]
+        total: Amounts = {}
+        for child in children:
+            for i, limit in child._bound:
+                total[i] = total.get(i, 0) + limit
+        self._take(total, 0)
+        for child in children:
+            child._reserved = dict(child._bound)
+            child._backed = self._backed or bool(child._reserved)
+        return children
+
+    def _take(self, ask: Amounts, keep: int) -> None:
+        """Checks `ask` from the root to the leaf, then holds it at every level that sees it."""
+        for account in self._chain:
+            if account._closed:
+                self._refuse_closed()
+        if self._timed:
+            self.check_deadline()
+        if self._backed:
+            self._take_backed(ask, keep)
+            return
+        for account in self._down:
+            if keep:
+                account._check(ask, keep, keep)
+                continue
+            settled, held = account._settled, account._held
+            for i, limit in account._bound:
+                if i in ask and settled[i] + held[i] + ask[i] > limit:
+                    account._check(ask, 0, 0)
+        for account in self._chain:
+            held = account._held
+            for i, asked in ask.items():
+                held[i] += asked
+
+    def _take_backed(self, ask: Amounts, keep: int) -> None:
+        """`_take` where a level is a reserve: what it limits was taken above already, room to keep included."""
+        seen, kept = ask, {TOKENS: keep, OUTPUT: keep}
+        checks = []
+        for account in self._chain:
+            checks.append((account, seen, kept.get(TOKENS, 0), kept.get(OUTPUT, 0)))
+            seen, kept = without(seen, account._reserved), without(kept, account._reserved)
+        for account, asked, tokens, output in reversed(checks):
+            account._check(asked, tokens, output)
+        self._move(ask, {})
+
+    def _check(self, ask: Amounts, keep_tokens: int, keep_output: int) -> None:
+        settled, held = self._settled, self._held
+        for i, limit in self._bound:
+            more = ask.get(i, 0)
+            if i == TOKENS:
+                more += keep_tokens
+            elif i == OUTPUT:
+                more += keep_output
+            if more and settled[i] + held[i] + more > limit:
+                amounts = (shown(i, x) for x in (limit, settled[i], held[i], more))
+                raise BudgetExceeded(self.path, RESOURCES[i], *amounts)
+
+    def _give(self, amounts: Amounts) -> None:
         """Takes a hold back without settling anything."""
-        for account, part in self._seen(amounts):
-            for i, amount in enumerate(part):
-                if amount:
-                    account._held[i] -= amount
-                    if account._closed and i in account._backing and account.parent is not None:
-                        self._return_backing(account, i)
+        self._move({i: -amount for i, amount in amounts.items()}, {})
 
-    def _return_backing(self, account: Account, i: int) -> None:
-        """A closed reserve gives back what its last holds leave over."""
-        give = account._backing[i] - account._held[i]
-        if give > 0 and account.parent is not None:
-            account._backing[i] -= give
-            rest: list[float] = [0] * _SIZE
-            rest[i] = give
-            account.parent._give(rest)
-
-    def _settle(self, held: list[float], actual: list[float]) -> dict[str, float]:
+    def _settle(self, held: Amounts, actual: Amounts, seconds: float) -> dict[str, float]:
         """Turns a hold into what was really spent, at every level; returns the new overdraft of the worst level."""
+        if seconds:
+            for account in self._chain:
+                account._seconds += seconds
+        return self._move({i: -amount for i, amount in held.items()}, actual)
+
+    def _move(self, held: Amounts, settled: Amounts) -> dict[str, float]:
+        """Adds to what is held (or takes from it) and to what is settled, from here to the root.
+
+        Above a reserve, what is held for it changes only as far as its cover does. Returns the new overdraft.
+        """
         worst: dict[str, float] = {}
         for account in self._chain:
-            for i, amount in enumerate(actual):
-                if held[i]:
-                    account._held[i] -= held[i]
-                if amount:
-                    account._settled[i] += amount
-            for i in account._bound:
-                limit = account._limits[i] or 0
-                over = account._settled[i] + account._held[i] - limit - account._overdraft[i]
-                if over > 0:
-                    account._overdraft[i] += over
-                    worst[RESOURCES[i]] = max(worst.get(RESOURCES[i], 0), over)
-            if account._backing:
-                held = list(held)
-                for i, left in account._backing.items():
-                    held[i] = min(actual[i], left)
-                    account._backing[i] = left - held[i]
-        for account in self._chain:
-            if account._closed and account._backing:
-                for i in account._backing:
-                    self._return_backing(account, i)
+            before = account._cover() if account._reserved else None
+            mine = account._held
+            for i, amount in held.items():
+                mine[i] += amount
+            if settled:
+                mine = account._settled
+                for i, amount in settled.items():
+                    mine[i] += amount
+                account._note_overdraft(worst)
+            if before is not None:
+                held = without(held, account._reserved) | _change(before, account._cover())
         return worst
 
-    def _remaining(self) -> dict[str, float]:
-        left: dict[str, float] = {}
+    def _note_overdraft(self, worst: dict[str, float]) -> None:
+        for i, limit in self._bound:
+            over = self._settled[i] + self._held[i] - limit
+            if over > self._overdraft[i]:
+                worst[RESOURCES[i]] = max(worst.get(RESOURCES[i], 0), shown(i, over - self._overdraft[i]))
+                self._overdraft[i] = over
+
+    def _cover(self) -> Amounts:
+        """What the account above holds for this reserve: all that is not settled, and open holds in any case (they
+        may be more, after an overdraft). Once it is closed, open holds only."""
+        settled, held = self._settled, self._held
+        if self._closed:
+            return {i: held[i] for i in self._reserved}
+        return {i: max(limit - settled[i], held[i]) for i, limit in self._reserved.items()}
+
+    def _remaining(self) -> Amounts:
+        left: Amounts = {}
         covered: set[int] = set()
         for account in self._chain:
-            for i in account._bound:
-                limit = account._limits[i]
-                if i not in covered and limit is not None:
+            for i, limit in account._bound:
+                if i not in covered:
                     room = max(0, limit - account._settled[i] - account._held[i])
-                    left[RESOURCES[i]] = min(room, left.get(RESOURCES[i], room))
-            covered.update(account._backing)
+                    left[i] = min(room, left.get(i, room))
+            covered.update(account._reserved)
         return left
 
 
-@dataclass(slots=True)
-class Hold:
-    """An amount set aside on an account until it is settled or released. Leaving its `with` block releases it."""
-
-    account: Account
-    amounts: list[float]
-    keep: int
-    labels: Labels
-    opened: int
-    record: str | None = None
-    closed: bool = False
-
-    def grow(self, ask: Spend = _NOTHING, work: Work = _NO_WORK, *, keep: int | None = None) -> None:
-        """Sets more aside, or raises BudgetExceeded and changes nothing. `keep` defaults to the hold's own."""
-        more = _vector(ask, work)
-        with self.account._lock:
-            self._refuse_closed()
-            self.account._take(more, self.keep if keep is None else keep)
-            self.amounts = [a + b for a, b in zip(self.amounts, more, strict=True)]
-
-    def book(
-        self, actual: Spend, work: Work = _NO_WORK, *, estimated: bool = False, labels: Labels | None = None
-    ) -> tuple[Entry, Ticket | None]:
-        """Settles what was really spent, frees the rest and queues the ledger entry, without waiting for the disk.
-
-        Raises ThriftyError when the hold was settled or released before: what was spent is settled once.
-        """
-        vector = _vector(actual, work)
-        account = self.account
-        with account._lock:
-            self._refuse_closed()
-            self.closed = True
-            overdraft = account._settle(self.amounts, vector)
-        entry = Entry(
-            account.path,
-            self.opened,
-            time.time_ns(),
-            actual,
-            work,
-            labels or self.labels,
-            "estimated" if estimated else "settled",
-            overdraft,
-        )
-        return entry, None if account.ledger is None else account.ledger.append(entry, self.record)
-
-    def settle(
-        self, actual: Spend, work: Work = _NO_WORK, *, estimated: bool = False, labels: Labels | None = None
-    ) -> Entry:
-        """`book`, and return when the ledger has committed. Blocks the thread; coroutines await `settle_async`."""
-        entry, ticket = self.book(actual, work, estimated=estimated, labels=labels)
-        if ticket is not None:
-            ticket.wait()
-        return entry
-
-    async def settle_async(
-        self, actual: Spend, work: Work = _NO_WORK, *, estimated: bool = False, labels: Labels | None = None
-    ) -> Entry:
-        """`settle` for coroutines. All is booked and queued before the first await, so a cancelled task loses
-        nothing."""
-        entry, ticket = self.book(actual, work, estimated=estimated, labels=labels)
-        if ticket is not None:
-            await ticket.done()
-        return entry
-
-    def release(self) -> None:
-        """Gives everything back; nothing was spent. Does nothing on a closed hold."""
-        with self.account._lock:
-            if self.closed:
-                return
-            self.closed = True
-            self.account._give(self.amounts)
-        if self.record is not None and self.account.ledger is not None:
-            self.account.ledger.drop_hold(self.record)
-
-    def __enter__(self) -> Hold:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.release()
-
-    def _refuse_closed(self) -> None:
-        if self.closed:
-            raise ThriftyError(
-                f"a hold on {self.account.path!r} was settled or released before: open a new one"
-            )
-
-
-def tightest(budgets: Iterable[Budget]) -> Budget:
-    """The budget that allows only what each of them allows."""
-    limits: dict[str, Any] = {}
-    for budget in budgets:
-        for name, limit in budget.limits().items():
-            limits[name] = min(limit, limits.get(name, limit))
-    return replace(Budget(), **limits)
-
-
-def _vector(spend: Spend, work: Work) -> list[float]:
-    return [
-        spend.input + spend.output,
-        spend.input,
-        spend.cached,
-        spend.visual,
-        spend.output,
-        spend.reasoning,
-        spend.calls,
-        spend.tool_calls,
-        spend.usd,
-        work.prefill,
-        work.kv_reads,
-        work.target_passes,
-        work.draft_passes,
-        work.engine_seconds,
-    ]
-
-
-def _nano(dollars: Any) -> int:
-    try:
-        if isinstance(dollars, bool):
-            raise InvalidOperation
-        return int((Decimal(str(dollars)) * NANO).to_integral_value())
-    except (InvalidOperation, ValueError, OverflowError) as error:
-        raise InvalidInput(
-            f"budget usd = {dollars!r}: an amount in dollars is needed, such as 0.25"
-        ) from error
+def _change(before: Amounts, after: Amounts) -> Amounts:
+    return {i: after[i] - before[i] for i in before if after[i] != before[i]}

@@ -207,16 +207,33 @@ class Branch(Protocol):
     finish reason `budget`. It settles once, when it is closed.
     """
 
-    call: Call
-    engine: Engine
-    tokens: list[int]
-    """output tokens so far, forced ones included"""
-    logprobs: list[float]
-    entropy: float | None
-    """nats, of the distribution that the last token was drawn from"""
-    finish: Finish | None
-    """None while it can go on"""
-    receipts: list[Receipt]
+    @property
+    def call(self) -> Call:
+        """The call that opened it."""
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that it runs on."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Output tokens so far, forced ones included."""
+
+    @property
+    def logprobs(self) -> Sequence[float]:
+        """Of the tokens so far, in nats, where the call asked for them."""
+
+    @property
+    def entropy(self) -> float | None:
+        """Of the distribution that the last token was drawn from, in nats."""
+
+    @property
+    def finish(self) -> Finish | None:
+        """Why it ended; None while it can go on."""
+
+    @property
+    def receipts(self) -> Sequence[Receipt]:
+        """Of the methods that it passed; those of its policies come when it is closed."""
 
     @property
     def text(self) -> str:

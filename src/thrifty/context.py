@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from thrifty.call import CONTEXT_MARK, Call, Message, text_of
+from thrifty.call import CONTEXT_MARK, Call, Message
 
 SEPARATOR = "\n\n"
 """Between the passages of the `context` field."""
@@ -67,26 +67,43 @@ def render(call: Call) -> tuple[Message, ...]:
     block = SEPARATOR.join(call.context)
     users = [i for i, m in enumerate(call.messages) if m.get("role") == "user"]
     for i in users:
-        text = text_of(call.messages[i])
-        if CONTEXT_MARK in text:
-            before, _, after = text.partition(CONTEXT_MARK)
+        texts = _texts(call.messages[i])
+        marked = next((j for j, text in enumerate(texts) if CONTEXT_MARK in text), None)
+        if marked is not None:
+            before, _, after = texts[marked].partition(CONTEXT_MARK)
             if not block and after.startswith(SEPARATOR):
                 after = after[len(SEPARATOR) :]
-            return _with_text(call.messages, i, before + block + after)
+            return _with_text(call.messages, i, before + block + after, marked)
     if not block:
         return call.messages
     if not users:
         return (*call.messages, {"role": "user", "content": block})
     last = users[-1]
-    return _with_text(call.messages, last, block + SEPARATOR + text_of(call.messages[last]))
+    first = next(iter(_texts(call.messages[last])), "")
+    return _with_text(call.messages, last, block + SEPARATOR + first)
 
 
-def _with_text(messages: tuple[Message, ...], index: int, text: str) -> tuple[Message, ...]:
-    """One message's text replaced; parts that are not text stay where they are, after it."""
+def _texts(message: Message) -> list[str]:
+    """A message's texts: one of a plain message, one a text part of the others."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [content]
+    return [str(part.get("text", "")) for part in content or () if part.get("type") == "text"]
+
+
+def _with_text(messages: tuple[Message, ...], index: int, text: str, which: int = 0) -> tuple[Message, ...]:
+    """One text of one message replaced; its other parts, images too, keep their places. A message without text gets it
+    in front."""
     old = messages[index]
     content = old.get("content")
     if isinstance(content, str) or content is None:
         new: object = text
     else:
-        new = [{"type": "text", "text": text}, *(p for p in content if p.get("type") != "text")]
+        parts = list(content)
+        places = [i for i, part in enumerate(parts) if part.get("type") == "text"]
+        if places:
+            parts[places[which]] = {**parts[places[which]], "text": text}
+        else:
+            parts.insert(0, {"type": "text", "text": text})
+        new = parts
     return (*messages[:index], {**old, "content": new}, *messages[index + 1 :])

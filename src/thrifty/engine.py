@@ -40,11 +40,21 @@ class Embeddings:
 class Engine(Protocol):
     """An engine of one model. All generation settles on the call's account."""
 
-    name: str
-    """scripted, openai, local"""
-    model: str
-    dtype: str
-    capabilities: frozenset[str]
+    @property
+    def name(self) -> str:
+        """Its kind: scripted, openai, local."""
+
+    @property
+    def model(self) -> str:
+        """The model that it runs or asks for."""
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in; empty where it is not known."""
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What it provides, of `CAPABILITIES`."""
 
     def identity(self) -> Mapping[str, Any]:
         """What results are keyed by: model, dtype, batch mode, shared-prefix attention, ... JSON-ready."""

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Protocol
 
-from thrifty.call import Answer, Branch, Call
+from thrifty.call import Answer, Branch, Call, Delta, Emit
 from thrifty.errors import InvalidInput, PlanError, nearest
 from thrifty.policy import Part, Policy
+from thrifty.spend import total_spend, total_work
 
 STAGES: Mapping[str, int] = {
     "route": 0,
@@ -154,9 +155,21 @@ class Rewrite(Method):
         raise NotImplementedError(f"{type(self).__name__} rewrites nothing")
 
     async def __call__(self, call: Call, next: Next) -> Answer:
-        return await next(await self.rewrite(call))
+        changed = await self.rewrite(call)
+        own = changed.receipts[len(call.receipts) :]
+        spend, work = total_spend(r.spend for r in own), total_work(r.work for r in own)
+        if not spend and not work:
+            return await next(changed)
+
+        def charge(answer: Answer) -> Answer:
+            return dataclasses.replace(answer, spend=answer.spend + spend, work=answer.work + work)
+
+        if changed.emit is not None:
+            changed = dataclasses.replace(changed, emit=_charging(changed.emit, charge))
+        return charge(await next(changed))
 
     async def open(self, call: Call, next: Next) -> Branch:
+        """What rewriting cost is in the receipt and on the account, not in the branch's own Spend."""
         return await next.open(await self.rewrite(call))
 
 
@@ -199,6 +212,17 @@ class Whole(Method):
     kind = "whole"
 
 
+def _charging(emit: Emit, charge: Callable[[Answer], Answer]) -> Emit:
+    """An emit whose last delta carries the charged Answer."""
+
+    async def charged(delta: Delta) -> None:
+        if delta.answer is not None:
+            delta = dataclasses.replace(delta, answer=charge(delta.answer))
+        await emit(delta)
+
+    return charged
+
+
 def check_knob(method: str, name: str, value: Any, f: dataclasses.Field[Any]) -> None:
     """Raises InvalidInput when a knob's value has the wrong type or is out of its range."""
     if "knob" not in f.metadata:
@@ -217,11 +241,25 @@ def check_knob(method: str, name: str, value: Any, f: dataclasses.Field[Any]) ->
     elif isinstance(default, float):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             problem = f"a number {allowed.describe()}"
-    elif isinstance(default, str) and not isinstance(value, str):
-        problem = "text"
+    elif isinstance(default, str):
+        problem = "" if isinstance(value, str) else "text"
+    elif isinstance(default, tuple):
+        problem = _check_list(value, default, allowed)
     if not problem and isinstance(value, (int, float)) and not isinstance(value, bool):
         low, high = allowed.low, allowed.high
         if (low is not None and value < low) or (high is not None and value > high):
             problem = allowed.describe()
     if problem:
         raise InvalidInput(f"{method}: knob {name} = {value!r} is not allowed: {problem} is needed")
+
+
+def _check_list(value: Any, default: tuple[Any, ...], allowed: Range) -> str:
+    """A knob whose default is a tuple takes a tuple of the same kind of element, each within the range."""
+    kind = type(default[0]) if default else object
+    kinds = (int, float) if kind is float else (kind,)
+    good = isinstance(value, tuple) and all(isinstance(x, kinds) and not isinstance(x, bool) for x in value)
+    if good and (allowed.low is not None or allowed.high is not None):
+        low = -math.inf if allowed.low is None else allowed.low
+        good = all(low <= x <= (math.inf if allowed.high is None else allowed.high) for x in value)
+    word = {int: "whole numbers", float: "numbers", str: "texts"}.get(kind, "values")
+    return "" if good else f"a list of {word}, each {allowed.describe()},"

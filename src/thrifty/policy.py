@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeAlias
 
 if TYPE_CHECKING:
     from thrifty.call import Branch, Receipt
@@ -25,7 +25,7 @@ class Policy:
     method: str = ""
     version: ClassVar[int] = 1
 
-    def fork(self) -> Policy:
+    def fork(self) -> Self:
         """A copy for a forked branch. The default copies the object and its direct containers."""
         twin = copy.copy(self)
         for name, value in vars(self).items():
@@ -108,14 +108,37 @@ class DecodePolicy(Policy):
 class LayerView(Protocol):
     """One layer of one branch's cache, as a cache policy sees it."""
 
-    keys: Tensor  # [B, H_kv, T, D], after RoPE
-    values: Tensor  # [B, H_kv, T, D]
-    positions: Tensor  # [B, T], logical positions of the entries
-    mask: Tensor  # [B, T], False where an entry is padding
-    layer: int
-    layers: int
-    state: dict[str, Any]  # this layer's, kept between calls
-    prefilling: bool
+    @property
+    def keys(self) -> Tensor:
+        """[B, H_kv, T, D], after RoPE."""
+
+    @property
+    def values(self) -> Tensor:
+        """[B, H_kv, T, D]."""
+
+    @property
+    def positions(self) -> Tensor:
+        """[B, T], logical positions of the entries."""
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T], False where an entry is padding."""
+
+    @property
+    def layer(self) -> int:
+        """Index of the layer."""
+
+    @property
+    def layers(self) -> int:
+        """How many layers the model has."""
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """This layer's, kept between calls."""
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether a prompt has just been computed; False in decode."""
 
     def queries(self, rows: int) -> Tensor:
         """The last `rows` queries [B, H_q, R, D] after RoPE; fewer when fewer are known."""

@@ -56,23 +56,38 @@ def get(name: str) -> type[Method]:
     source = sources().get(name)
     if source is None:
         raise InvalidInput(nearest(name, sources(), "method"))
-    module_name, _, attribute = source.target.partition(":")
-    module = importlib.import_module(module_name)
-    if attribute:
-        found = getattr(module, attribute, None)
-        if not (inspect.isclass(found) and issubclass(found, Method)):
-            raise PlanError(f"method {name!r} of {source.origin}: {source.target} is no thrifty.Method class")
-        return found
+    if source.family == "third_party":
+        return _foreign(name, source)
+    module = importlib.import_module(source.target)
     classes = [
         c
         for c in vars(module).values()
-        if inspect.isclass(c) and issubclass(c, Method) and c.__module__ == module_name and c.name == name
+        if inspect.isclass(c) and issubclass(c, Method) and c.__module__ == source.target and c.name == name
     ]
     if len(classes) != 1:
         raise PlanError(
-            f"{module_name} must define one Method with name = {name!r}; it defines {len(classes)}"
+            f"{source.target} must define one Method with name = {name!r}; it defines {len(classes)}"
         )
     return classes[0]
+
+
+def _foreign(name: str, source: Source) -> type[Method]:
+    """The class that another package's entry point names. Raises PlanError, naming the package, when there is none."""
+    module, _, attribute = source.target.partition(":")
+    where = f"method {name!r} of {source.origin}"
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        raise PlanError(
+            f"{where} cannot be imported from {source.target}: {error}; repair or uninstall it"
+        ) from error
+    if not (inspect.isclass(found) and issubclass(found, Method)):
+        raise PlanError(f"{where}: {source.target} is no thrifty.Method class")
+    if found.name != name:
+        raise PlanError(
+            f"{where}: the class calls itself {found.name!r}; its entry point must have the same name"
+        )
+    return found
 
 
 def names() -> tuple[str, ...]:

@@ -6,6 +6,7 @@ Both are immutable and add field by field. `cached` and `visual` are parts of `i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -144,6 +145,6 @@ def _counts(
         if name not in known:
             raise InvalidInput(nearest(name, known, kind))
         good = (int, float) if name in real else (int,)
-        if isinstance(value, bool) or not isinstance(value, good) or not value >= 0:
+        if isinstance(value, bool) or not isinstance(value, good) or not 0 <= value < math.inf:
             raise InvalidInput(f"{kind} {name} = {value!r}: a number of at least 0 is needed")
     return dict(data)

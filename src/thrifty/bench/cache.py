@@ -1,0 +1,351 @@
+"""Generations that several plans share, and the two figures that follow: spend and incurred.
+
+`CachingEngine` stands between a plan and an engine while one plan answers one example. What the plan is
+charged (`spend`) is settled on the example's own account, as if the plan ran alone; what was really paid
+(`incurred`) is settled on the run's account. A generation that an earlier plan asked for in exactly the same
+way is replayed: charged in full, paid once.
+
+The key is everything that the engine sees: its identity, the rendered messages with their images, tools,
+unknown fields, prefix, draft, sampling with its seed, policies with their versions, what the account still
+allows, the sample index, and how often this plan asked the same before. So a trace serves another plan only
+if the engine saw the same budget; one that a budget cut short, or that has a deadline, is never shared."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from thrifty.bench.key import digest
+from thrifty.budget import Account
+from thrifty.call import Answer, Branch, Call, Receipt, Until
+from thrifty.context import render
+from thrifty.engine import Embeddings, Engine
+from thrifty.errors import BudgetExceeded, InvalidInput
+from thrifty.hold import Hold
+from thrifty.ledger.entry import NO_LABELS, Entry, HoldRecord, Labels
+from thrifty.resources import amounts_of
+from thrifty.spend import Spend, Work
+
+
+class GenerationCache:
+    """What the plans have generated for one example. Drop it with the example: it keeps every answer."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, asyncio.Future[_Shared | None]] = {}
+        self.hits = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed(Labels):
+    """Labels of an entry that is charged to the plan and was paid before."""
+
+
+@dataclass
+class Tally:
+    """The ledger of one plan on one example: keeps its entries, and passes on to the run's account what was
+    paid.
+
+    Every generation has an account of its own below the plan's (its path ends in a number), so that an entry
+    finds the hold that was taken for it on the run's account."""
+
+    run: Account
+    entries: list[Entry] = field(default_factory=list)
+    refused: BudgetExceeded | None = None
+    """set when the run's account, and not the plan's, refused something"""
+    _holds: dict[str, Hold] = field(default_factory=dict)
+    _started: int = 0
+
+    # -- as a ledger -----------------------------------------------------------------------------------------
+
+    def append(self, entry: Entry, hold: str | None = None) -> _Done:
+        """Keeps an entry and settles it on the run's account unless it is a replay."""
+        self.entries.append(entry)
+        if not isinstance(entry.labels, Replayed):
+            held = self._holds.pop(entry.account, None) or _nothing_held(self.run)
+            held.record = hold or None
+            held.book(entry.spend, entry.work, estimated=entry.status == "estimated", labels=entry.labels)
+        return _Done()
+
+    def open_hold(self, record: HoldRecord) -> str:
+        """Writes the hold to the run's ledger, if it has one: a provider bills a call that a crash cuts."""
+        ledger = self.run.ledger
+        return "" if ledger is None else ledger.open_hold(replace(record, account=self.run.path))
+
+    def drop_hold(self, hold: str) -> None:
+        """Nothing was spent."""
+        if hold and self.run.ledger is not None:
+            self.run.ledger.drop_hold(hold)
+
+    # -- as the run's cashier --------------------------------------------------------------------------------
+
+    def begin(self, account: Account, ask: Spend) -> Account:
+        """An account for one generation, with `ask` held for it on the run's account. Raises
+        BudgetExceeded."""
+        self._started += 1
+        own = account.child(str(self._started))
+        try:
+            self._holds[own.path] = self.run.hold(ask)
+        except BudgetExceeded as error:
+            self.refused = self.refused or error
+            raise
+        return own
+
+    def end(self, account: Account) -> None:
+        """The generation is over; what it did not settle is given back to the run's account."""
+        hold = self._holds.pop(account.path, None)
+        if hold is not None:
+            hold.release()
+
+    def close(self) -> None:
+        """Ends every generation that is still open."""
+        for hold in self._holds.values():
+            hold.release()
+        self._holds.clear()
+
+    # -- sums ------------------------------------------------------------------------------------------------
+
+    def spend(self) -> Spend:
+        """As if the plan ran alone."""
+        return _spend(self.entries)
+
+    def work(self) -> Work:
+        """As if the plan ran alone."""
+        return _work(self.entries)
+
+    def paid(self) -> tuple[Spend, Work]:
+        """What this run paid."""
+        own = [e for e in self.entries if not isinstance(e.labels, Replayed)]
+        return _spend(own), _work(own)
+
+    def by_role(self) -> dict[str, Spend]:
+        """`spend` by the role of the engine."""
+        roles: dict[str, Spend] = {}
+        for entry in self.entries:
+            roles[entry.labels.role] = roles.get(entry.labels.role, Spend()) + entry.spend
+        return roles
+
+
+class CachingEngine:
+    """An engine as one plan sees it on one example. `generate` and `embed` share; `open` passes through,
+    counted."""
+
+    def __init__(
+        self, engine: Engine, cache: GenerationCache, tally: Tally, *, seed: int = 0, sample: int = 0
+    ) -> None:
+        self.inner, self.cache, self.tally = engine, cache, tally
+        self.name, self.model, self.dtype = engine.name, engine.model, engine.dtype
+        self.capabilities = engine.capabilities
+        self._scope = (seed, sample)
+        self._asked: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the engine has."""
+        if name == "inner":  # not set yet: an engine that failed to be built
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def identity(self) -> Mapping[str, Any]:
+        """The engine's own."""
+        return self.inner.identity()
+
+    def count(self, call: Call) -> int:
+        """The engine's own."""
+        return self.inner.count(call)
+
+    async def generate(self, call: Call) -> Answer:
+        """As the engine, or replayed. Raises what the engine raises, and BudgetExceeded for the run's
+        account."""
+        key = None if call.emit is not None or _has_deadline(call.account) else self._call_key(call)
+        if key is None:
+            return await self._generate(call)
+        answer: Answer = await self._shared(
+            key,
+            lambda: self._generate(call),
+            lambda answer: _freeze(answer, call),
+            lambda shared: self._replay(shared, call),
+        )
+        return answer
+
+    async def open(self, call: Call) -> Branch:
+        """As the engine. What the branch and its forks settle is counted; it is not shared."""
+        own = self.tally.begin(call.account, self._ask(call))
+        try:
+            return await self.inner.open(replace(call, account=own))
+        except BaseException:
+            self.tally.end(own)
+            raise
+
+    async def advance(self, branches: Sequence[Branch], until: Until | int) -> None:
+        """As the engine."""
+        await self.inner.advance(branches, until)
+
+    async def embed(self, texts: Sequence[str], account: Account, labels: Labels) -> Embeddings:
+        """As the engine, or replayed."""
+
+        async def fresh() -> Embeddings:
+            own = self.tally.begin(account, Spend())
+            try:
+                return await self.inner.embed(texts, own, labels)
+            finally:
+                self.tally.end(own)
+
+        key = self._key("embed", {"texts": list(texts), "room": account.remaining()})
+        embeddings: Embeddings = await self._shared(
+            key,
+            fresh,
+            lambda found: _Shared(found, found.spend, Work(), ()),
+            lambda shared: self._charged(shared, account, labels, 0) and shared.value,
+        )
+        return embeddings
+
+    async def aclose(self) -> None:
+        """The engine belongs to the run, which closes it."""
+
+    # -- details ---------------------------------------------------------------------------------------------
+
+    async def _shared(
+        self,
+        key: str,
+        fresh: Callable[[], Awaitable[Any]],
+        freeze: Callable[[Any], _Shared | None],
+        replay: Callable[[_Shared], Any],
+    ) -> Any:
+        found = self.cache.entries.get(key)
+        if found is not None:
+            shared = await asyncio.shield(found)
+            replayed = replay(shared) if shared is not None else None
+            if replayed is not None:
+                self.cache.hits += 1
+                return replayed
+            return await fresh()
+        promise: asyncio.Future[_Shared | None] = asyncio.get_running_loop().create_future()
+        self.cache.entries[key] = promise
+        try:
+            value = await fresh()
+            promise.set_result(freeze(value))
+            return value
+        finally:
+            if not promise.done():  # it failed or was cancelled: those who wait must ask for themselves
+                promise.set_result(None)
+                self.cache.entries.pop(key, None)
+
+    async def _generate(self, call: Call) -> Answer:
+        own = self.tally.begin(call.account, self._ask(call))
+        try:
+            return await self.inner.generate(replace(call, account=own))
+        finally:
+            self.tally.end(own)
+
+    def _replay(self, shared: _Shared, call: Call) -> Answer | None:
+        if self._charged(shared, call.account, call.labels, call.keep) is None:
+            return None
+        answer: Answer = shared.value
+        return replace(answer, receipts=(*call.receipts, *shared.receipts))
+
+    def _charged(self, shared: _Shared, account: Account, labels: Labels, keep: int) -> bool | None:
+        """Settles a replay on the plan's account; None when that does not allow it, so that the engine
+        decides."""
+        try:
+            hold = account.hold(
+                shared.spend, replace(shared.work, kv_bytes_peak=0, kv_bytes_mean=0.0), keep=keep
+            )
+        except BudgetExceeded:
+            return None
+        names = asdict(replace(labels, engine=self.name, model=self.model))
+        hold.book(shared.spend, shared.work, labels=Replayed(**names))
+        return True
+
+    def _ask(self, call: Call) -> Spend:
+        """What one generation can take, for the run's account; counting is skipped where that has no
+        limit."""
+        if not self.tally.run.remaining():
+            return Spend()
+        output = call.sampling.max_tokens or 0
+        room = call.account.room("output")
+        return Spend(
+            input=self.inner.count(call), output=int(output if room is None else min(output, room)), calls=1
+        )
+
+    def _call_key(self, call: Call) -> str | None:
+        """None for a call with fields that JSON cannot hold: it is not shared."""
+        body = {
+            "messages": [dict(m) for m in render(call)],
+            "tools": [dict(t) for t in call.tools],
+            "extra": dict(call.extra),
+            "prefix": call.prefix,
+            "draft": None if call.draft is None else asdict(call.draft),
+            "sampling": asdict(call.sampling),
+            "policies": [p.key() for p in call.policies],
+            "keep": call.keep,
+            "on_exceed": call.on_exceed,
+            "room": call.account.remaining(),
+        }
+        try:
+            return self._key("generate", body)
+        except InvalidInput:
+            return None
+
+    def _key(self, kind: str, body: Mapping[str, Any]) -> str:
+        base = digest([kind, dict(self.identity()), list(self._scope), dict(body)])
+        self._asked[base] += 1
+        return f"{base}/{self._asked[base]}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What can be replayed: the value, its cost, and the receipts that the engine added."""
+
+    value: Any
+    spend: Spend
+    work: Work
+    receipts: tuple[Receipt, ...]
+
+
+class _Done:
+    """A ticket of a ledger that is memory only."""
+
+    def wait(self) -> None:
+        """Committed already."""
+
+    async def done(self) -> None:
+        """Committed already."""
+
+
+def _freeze(answer: Answer, call: Call) -> _Shared | None:
+    """None for what another plan may not have: an answer that the budget cut, or whose receipts cannot be
+    split."""
+    passed = len(call.receipts)
+    if answer.finish in ("budget", "cancelled", "error") or answer.receipts[:passed] != call.receipts:
+        return None
+    return _Shared(answer, answer.spend, answer.work, answer.receipts[passed:])
+
+
+def _nothing_held(account: Account) -> Hold:
+    """For what must be settled although nothing was held for it, such as a fork: never refused."""
+    return Hold(account, amounts_of(Spend(), Work()), 0, NO_LABELS, time.time_ns())
+
+
+def _has_deadline(account: Account | None) -> bool:
+    while account is not None:
+        if account.budget.deadline is not None:
+            return True
+        account = account.parent
+    return False
+
+
+def _spend(entries: Sequence[Entry]) -> Spend:
+    total = Spend()
+    for entry in entries:
+        total = total + entry.spend
+    return total
+
+
+def _work(entries: Sequence[Entry]) -> Work:
+    total = Work()
+    for entry in entries:
+        total = total + entry.work
+    return total

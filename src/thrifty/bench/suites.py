@@ -1,0 +1,109 @@
+"""Named suites: their plans, their tasks, their size and their axis.
+
+Plans are TOML files beside this module, `plans/SUITE/NN-name.toml`, read in the order of their names; the
+first is the reference. A suite is data, so that `thrifty frontier --suite retrieval` and a library call mean
+the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from typing import Any
+
+from thrifty.bench.store import Result
+from thrifty.bench.task import Task
+from thrifty.bench.task import suite as make_tasks
+from thrifty.call import Sampling
+from thrifty.errors import InvalidInput, nearest
+from thrifty.plan import Plan
+
+Count = Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What `thrifty frontier` measures under one name."""
+
+    name: str
+    about: str
+    axis: str
+    """the axis where none is named"""
+    tasks: str
+    """the built-in tasks (see `task.suite`)"""
+    n: int
+    """examples of a run of a few minutes on two cores"""
+    quick: int
+    """examples of a run under a minute: enough to see that all works, too few to show much"""
+    sampling: Sampling = Sampling()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """of the tasks"""
+    max_tokens: int | None = None
+    """output tokens that every task allows, where its own limit would leave no room for a draft"""
+
+    def plans(self) -> list[Plan]:
+        """The plans, the reference first."""
+        folder = files("thrifty.bench") / "plans" / self.name
+        found = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
+        return [Plan.from_toml(f.read_text(encoding="utf-8"), f"{self.name}/{f.name}") for f in found]
+
+    def make(self, n: int, seed: int = 0, *, count: Count | None = None) -> list[Task]:
+        """`n` tasks; `count` measures a text in tokens."""
+        tasks = make_tasks(self.tasks, n, seed, count=count, settings=self.settings)
+        if self.max_tokens is None:
+            return tasks
+        return [replace(task, max_tokens=self.max_tokens) for task in tasks]
+
+
+SUITES: Mapping[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            name="retrieval",
+            about="needles with known answers in contexts of 500 to 4,000 tokens",
+            axis="usd",
+            tasks="needles",
+            n=36,
+            quick=8,
+            # One line is the answer: without a stop the model repeats itself, and a ramble may name the gold by chance.
+            sampling=Sampling(stop=("\n",)),
+            max_tokens=64,
+        ),
+        Suite(
+            name="arithmetic",
+            about="short sums that a model of 135M parameters can sometimes do, at most 96 new tokens",
+            axis="usd",
+            tasks="arithmetic",
+            n=24,
+            quick=4,
+        ),
+    )
+}
+
+GROUPS: Mapping[str, tuple[str, ...]] = {"demo": ("retrieval", "arithmetic")}
+"""Names that stand for several suites."""
+
+
+AXIS = "tokens"
+"""Where neither the user nor the suite names one."""
+
+
+def axis_of(name: str, results: Iterable[Result]) -> str:
+    """The axis of a suite when none is named: its own, or tokens where that is `usd` and no result has a
+    price."""
+    own = SUITES[name].axis if name in SUITES else AXIS
+    return AXIS if own == "usd" and not any(r.spend.usd for r in results) else own
+
+
+def names() -> tuple[str, ...]:
+    """What `find` knows."""
+    return (*SUITES, *GROUPS)
+
+
+def find(name: str) -> list[Suite]:
+    """The suites that a name stands for. Raises InvalidInput with the nearest name."""
+    if name in GROUPS:
+        return [SUITES[part] for part in GROUPS[name]]
+    if name not in SUITES:
+        raise InvalidInput(nearest(name, names(), "suite"))
+    return [SUITES[name]]

@@ -1,0 +1,169 @@
+"""`thrifty frontier`: the main job. Plans on tasks, score against spend, resumable, with a report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from thrifty.budget import Account
+from thrifty.cli._options import Embedder, Json, LedgerFile, Limits, budget_of, ledger_of, print_json
+from thrifty.errors import BudgetExceeded, EngineError, InvalidInput
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from thrifty.bench.study import Item, Study
+    from thrifty.engine import Engine
+    from thrifty.plan import Plan
+
+
+def frontier(
+    suites: Annotated[
+        list[str] | None,
+        typer.Argument(help="Suites (retrieval, arithmetic, demo), reasoning-gym:NAME, or task files in JSONL."),
+    ] = None,
+    model: Annotated[str, typer.Option("--model", "-m", help="Engine to measure on.")] = "smollm2",
+    plan: Annotated[
+        list[Path] | None,
+        typer.Option("--plan", "-p", help="A plan in TOML; may be repeated. The first is the reference."),
+    ] = None,
+    axis: Annotated[
+        str | None,
+        typer.Option("--axis", help="What is saved: usd, tokens, input, output, or another field of Spend or Work."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results, picture and page.")] = Path(
+        "out/frontier"
+    ),
+    n: Annotated[int | None, typer.Option("--n", min=1, help="Examples a suite.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few examples, to see that all works.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Makes tasks, order and sampling repeatable.")] = 0,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Answers to each example.")] = 1,
+    concurrency: Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Examples in flight.")] = 8,
+    embedder: Embedder = "minilm",
+    budget: Limits = None,
+    results: Annotated[Path | None, typer.Option("--from", help="Report on this results file; nothing is run.")] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option("--save", help="Also write compact results, without generated text, into this folder."),
+    ] = None,
+    ledger: LedgerFile = None,
+    json: Json = False,
+) -> None:
+    """Measure plans on tasks: score against spend, with paired intervals, beside the unmodified engine.
+
+    Prints a table a suite and writes results.jsonl, frontier.png and report.html. Started again, it goes on where it
+    stopped. --budget limits the whole run.
+    """
+    try:
+        from rich.console import Console
+
+        from thrifty.bench.study import study, study_from
+    except ImportError as error:
+        raise InvalidInput("the bench needs its extra: pip install 'thrifty[bench]'") from error
+
+    console = None if json else Console()
+    if results is not None:
+        target = out if out != Path("out/frontier") else None
+        _finish(study_from(results, axis=axis, out=target, console=console), json, save)
+        return
+    book = ledger_of(ledger)
+    plans = [_load(path) for path in plan or ()]
+    engines = _engines(suites or ["demo"], plans, model, embedder)
+    try:
+        found = study(
+            _items(suites or ["demo"], plans, engines, n, quick, seed),
+            engines,
+            out,
+            axis=axis,
+            seeds=(seed,),
+            samples=samples,
+            concurrency=concurrency,
+            account=Account("frontier", budget_of(budget), ledger=book),
+            command=shlex.join(["thrifty", *sys.argv[1:]]),
+            console=console,
+        )
+    finally:
+        if book is not None:
+            book.close()  # type: ignore[attr-defined]
+    _finish(found, json, save)
+
+
+def _items(
+    names: Sequence[str],
+    plans: Sequence[Plan],
+    engines: Mapping[str, Engine],
+    n: int | None,
+    quick: bool,
+    seed: int,
+) -> list[Item]:
+    from dataclasses import replace
+
+    from thrifty.bench import suites
+    from thrifty.bench.study import Item, count_with, item_of
+    from thrifty.bench.task import load, suite
+
+    items: list[Item] = []
+    for name in names:
+        if Path(name).exists():
+            tasks = load(name)[: n or None]
+            items.append(Item(Path(name).stem, plans or suites.find("arithmetic")[0].plans(), tasks))
+        elif name.startswith("reasoning-gym:"):
+            number = n or (8 if quick else 40)
+            tasks = suite(name, number, seed, count=count_with(engines["answer"]))
+            items.append(Item(name.replace(":", "-"), plans or suites.find("arithmetic")[0].plans(), tasks))
+        elif name.endswith((".jsonl", ".json")):
+            raise InvalidInput(f"task file {name}: there is no such file")
+        else:
+            for found in suites.find(name):
+                item = item_of(found, engines, n=n, quick=quick, seed=seed)
+                items.append(replace(item, plans=plans) if plans else item)
+    return items
+
+
+def _engines(names: Sequence[str], plans: Sequence[Plan], model: str, embedder: str) -> dict[str, Engine]:
+    from thrifty.bench import suites
+    from thrifty.engines.spec import resolve_roles
+
+    used = list(plans)
+    for name in names:
+        if not used and not Path(name).exists():
+            known = "arithmetic" if name.startswith("reasoning-gym:") else name
+            used += [p for found in suites.find(known) for p in found.plans()]
+    roles = {role for plan in used for role in plan.needs()} - {"answer", "embedder"}
+    specs = {"answer": model, **dict.fromkeys(roles, model)}
+    if any("embedder" in plan.needs() for plan in used):
+        specs["embedder"] = embedder
+    for plan in used:
+        specs |= plan.engines
+    return resolve_roles(specs)
+
+
+def _load(path: Path) -> Plan:
+    from thrifty.plan import Plan
+
+    return Plan.load(path)
+
+
+def _finish(found: Study, json: bool, save: Path | None) -> None:
+    """Prints where things are; a run that is not complete exits with the code of its cause."""
+    if save is not None and found.results is not None:
+        from thrifty.bench.compact import write
+        from thrifty.bench.store import read
+
+        for path in write(read(found.results), save):
+            print(f"saved {path}", file=sys.stderr)
+    if json:
+        print_json(found.to_dict())
+    else:
+        for file in (found.results, found.picture, found.page):
+            if file is not None:
+                typer.echo(f"wrote {file}" if file != found.results else f"results are in {file}")
+    stopped = next((o.stopped for o in found.outcomes if o.stopped), None)
+    if stopped:
+        raise SystemExit(BudgetExceeded.exit_code)
+    if not found.complete:
+        raise SystemExit(EngineError.exit_code)

@@ -1,0 +1,344 @@
+"""What a branch remembers: keys and values per layer, in shared segments and one open tail.
+
+A `Store` belongs to one branch. Per layer it holds a list of segments (immutable runs of entries, shared by
+reference among forks; a layer may have its own length) and one open tail of at most `BLOCK` entries, which lives in
+a slot of the runner's `Tails` so that the tails of a batch can be read in one call. Invariants:
+
+* An entry, once in a segment, is never written again. Eviction replaces all segments by one compacted copy, or marks
+  entries of that copy dead until the next compaction; marks are the branch's own and are replaced, never changed.
+* Appending a token writes one entry a layer and copies no history. A full tail seals into a segment (a copy of
+  `BLOCK` entries); `MERGE` small segments in a row become one, so a long generation has few of them. Both happen by
+  the branch's own length, whoever shares it: a fork never changes what its parent reads, nor its bits.
+* Entries carry their position (int64), because a kept entry keeps its place when others are evicted.
+  `next_position` is logical: it does not shrink when entries are evicted (unless a policy renumbers).
+* `nbytes` counts what is held: whole segments, dead entries included, and whole tail blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from thrifty.policy import AttentionPolicy, CachePolicy
+
+BLOCK = 128
+"""Entries of an open tail, and about the most that a branch holds without reading them."""
+
+MERGE = 8
+"""This many small segments in a row become one."""
+
+
+class Segment:
+    """A run of entries, the same for every store that references it.
+
+    `keys[l]`, `values[l]`: `[H_kv, T_l, D]`; `positions[l]`: `[T_l]`, or `[H_kv, T_l]` where heads kept different
+    entries. `lengths[l]` is `T_l`: while a prompt is prefilled in chunks, the part that is filled. `first` and `last`
+    bound the positions; `contiguous` says that every layer holds all of them. `small` ones may be merged.
+    """
+
+    __slots__ = ("keys", "values", "positions", "lengths", "capacity", "first", "last", "contiguous", "small")
+
+    def __init__(self, layers: int, capacity: int, first: int = 0, small: bool = False) -> None:
+        self.keys: list[Tensor] = [_NOTHING] * layers
+        self.values: list[Tensor] = [_NOTHING] * layers
+        self.positions: list[Tensor] = [_NOTHING] * layers
+        self.lengths = [0] * layers
+        self.capacity = capacity
+        self.first, self.last = first, first + capacity - 1
+        self.contiguous = True
+        self.small = small
+
+    def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Put `[H_kv, n, D]` keys and values at `start`: used while the segment is filled, before anyone shares it."""
+        if self.keys[layer] is _NOTHING:
+            rounded = -(-self.capacity // 8) * 8  # so that the plan may cut it into equal parts
+            self.keys[layer] = keys.new_zeros(keys.shape[0], rounded, keys.shape[2])
+            self.values[layer] = values.new_zeros(values.shape[0], rounded, values.shape[2])
+        end = start + keys.shape[1]
+        self.keys[layer][:, start:end] = keys
+        self.values[layer][:, start:end] = values
+
+    def grow(self, length: int) -> None:
+        """Say that every layer is filled up to `length`, at consecutive positions."""
+        if self.positions[0] is _NOTHING:
+            device = self.keys[0].device
+            self.positions = [torch.arange(self.first, self.last + 1, device=device)] * len(self.keys)
+        self.lengths = [length] * len(self.keys)
+
+    def settle(self) -> None:
+        """Recompute `first`, `last` and `contiguous` from the positions, after eviction."""
+        held = [p for p in self.positions if p.numel()]
+        self.first = min((int(p.min()) for p in held), default=0)
+        self.last = max((int(p.max()) for p in held), default=-1)
+        self.contiguous = all(n == self.last - self.first + 1 for n in self.lengths)
+        self.capacity = max(self.lengths)
+
+    def entries(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values `[H_kv, T_l, D]` and positions of one layer, as views."""
+        n = self.lengths[layer]
+        return self.keys[layer][:, :n], self.values[layer][:, :n], self.positions[layer][..., :n]
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Every tensor it holds, shared or not."""
+        for group in (self.keys, self.values, self.positions):
+            yield from (t for t in group if t is not _NOTHING)
+
+
+class Page:
+    """Open tails of several branches side by side: per layer keys and values `[slots, H_kv, BLOCK, D]`."""
+
+    def __init__(self, layers: int, slots: int, device: torch.device, number: int = 0) -> None:
+        self.number = number
+        self.keys: list[Tensor] = [_NOTHING] * layers
+        self.values: list[Tensor] = [_NOTHING] * layers
+        self.positions = torch.zeros(slots, BLOCK, dtype=torch.int64, device=device)
+        self.slots = slots
+        self.free = list(range(slots - 1, -1, -1))
+
+    def allocate(self, layer: int, heads: int, width: int, value_width: int, like: Tensor) -> None:
+        """Make the layer's slabs, if they are not there."""
+        if self.keys[layer] is _NOTHING:
+            self.keys[layer] = like.new_zeros(self.slots, heads, BLOCK, width)
+            self.values[layer] = like.new_zeros(self.slots, heads, BLOCK, value_width)
+
+    def slot_nbytes(self) -> int:
+        """Bytes of one slot over all layers."""
+        return sum(t.nbytes for t in (*self.keys, *self.values)) // self.slots + BLOCK * 8
+
+
+class Slot:
+    """One branch's place in a page. It is given back by `release`, or when the last reference goes."""
+
+    __slots__ = ("page", "index", "_taken")
+
+    def __init__(self, page: Page, index: int) -> None:
+        self.page, self.index, self._taken = page, index, True
+
+    def release(self) -> None:
+        """Give the place back; a second call does nothing."""
+        if self._taken:
+            self._taken = False
+            self.page.free.append(self.index)
+            self.page.free.sort(reverse=True)
+
+    def __del__(self) -> None:
+        self.release()
+
+
+class Tails:
+    """Gives out slots for open tails; pages are made when needed, and of the empty ones one is kept."""
+
+    def __init__(self, layers: int, device: torch.device, slots: int = 16) -> None:
+        self.layers, self.device, self.slots = layers, device, slots
+        self.pages: list[Page] = []
+        self.made = 0
+
+    def take(self) -> Slot:
+        """The lowest free slot."""
+        page = next((p for p in self.pages if p.free), None)
+        if page is None:
+            self.made += 1
+            page = Page(self.layers, self.slots, self.device, self.made)
+            self.pages.append(page)
+        return Slot(page, page.free.pop())
+
+    def trim(self) -> None:
+        """Drop empty pages but one."""
+        for page in [p for p in self.pages if len(p.free) == p.slots][1:]:
+            self.pages.remove(page)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages, free slots included."""
+        return sum(p.slot_nbytes() * p.slots for p in self.pages)
+
+
+class Store:
+    """The cache of one branch. Made by `Runner.store()`, filled by `Runner.forward`, forked here.
+
+    `cache` and `attention` are this branch's policies (`thrifty.policy`); `state[l]` is what they keep for a layer.
+    `seen` counts the tokens ever written, `steps` the forward passes since the prefill.
+    """
+
+    def __init__(
+        self, tails: Tails, cache: Sequence[CachePolicy] = (), attention: Sequence[AttentionPolicy] = ()
+    ) -> None:
+        self.tails = tails
+        self.cache, self.attention = tuple(cache), tuple(attention)
+        self.segments: list[Segment] = []
+        self.slot: Slot | None = None
+        self.tail = 0
+        self.alive: list[Tensor | None] = [None] * tails.layers
+        self.dead = [0] * tails.layers
+        self.next_position = 0
+        self.seen = 0
+        self.steps = 0
+        self.prefilled = False
+        self.state: list[dict[str, Any]] = [{} for _ in range(tails.layers)]
+        self.queries: list[Tensor | None] = [None] * tails.layers
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model."""
+        return self.tails.layers
+
+    @property
+    def marked(self) -> bool:
+        """Whether some entries are marked dead: `alive[l]` bool `[H_kv, T_l]` is about the first segment only."""
+        return any(self.dead)
+
+    def length(self, layer: int = 0) -> int:
+        """Entries physically held by one layer, dead ones included."""
+        return sum(s.lengths[layer] for s in self.segments) + self.tail
+
+    def kept(self, layer: int = 0) -> int:
+        """Entries that one layer's attention reads."""
+        return self.length(layer) - self.dead[layer]
+
+    def layout(self, layer: int) -> tuple[int, ...]:
+        """Equal for two layers of this store exactly where they are known to hold entries at the same positions."""
+        return (id(self.alive[layer]), *(id(s.positions[layer]) for s in self.segments), self.length(layer))
+
+    def fork(
+        self, cache: Sequence[CachePolicy] | None = None, attention: Sequence[AttentionPolicy] | None = None
+    ) -> Store:
+        """A branch with the same past: segments by reference, the open tail copied. The parent is not touched.
+
+        Policies are forked too, unless the caller hands in those of the new branch.
+        """
+        twin = Store(
+            self.tails,
+            cast("list[CachePolicy]", [p.fork() for p in self.cache]) if cache is None else cache,
+            cast("list[AttentionPolicy]", [p.fork() for p in self.attention]) if attention is None else attention,
+        )
+        twin.segments = list(self.segments)
+        twin.alive, twin.dead = list(self.alive), list(self.dead)
+        twin.next_position, twin.seen = self.next_position, self.seen
+        twin.prefilled, twin.steps = self.prefilled, self.steps
+        twin.state = [{k: _copied(v) for k, v in layer.items()} for layer in self.state]
+        twin.queries = list(self.queries)
+        if self.tail and self.slot is not None:
+            twin.slot, twin.tail = self.tails.take(), self.tail
+            _copy_tail(self.slot, twin.slot, self.tail)
+        return twin
+
+    def close(self) -> None:
+        """Forget everything and give the tail's slot back. A second call does nothing."""
+        self.replace([])
+        self.queries = [None] * self.layers
+        self.state = [{} for _ in range(self.layers)]
+
+    def open_tail(self) -> Slot:
+        """The slot of the open tail, taken on first use."""
+        if self.slot is None:
+            self.slot = self.tails.take()
+        return self.slot
+
+    def seal(self) -> None:
+        """Turn the open tail into a segment, and merge small segments when there are `MERGE` of them."""
+        if not self.tail or self.slot is None:
+            return
+        page, index, n = self.slot.page, self.slot.index, self.tail
+        segment = Segment(self.layers, n, first=int(page.positions[index, 0]), small=True)
+        segment.keys = [k[index, :, :n].clone() for k in page.keys]
+        segment.values = [v[index, :, :n].clone() for v in page.values]
+        segment.grow(n)
+        self.tail = 0
+        self.append(segment)
+
+    def append(self, segment: Segment) -> None:
+        """Add a filled segment after all others."""
+        self.segments.append(segment)
+        recent = self.segments[-MERGE:]
+        if len(recent) == MERGE and all(s.small for s in recent) and not self.marked:
+            self.segments[-MERGE:] = [join(recent)]
+
+    def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """All entries of one layer in order: keys and values `[H_kv, T, D]`, positions `[T]` or `[H_kv, T]`,
+        liveness bool `[H_kv, T]` or None. A single segment comes as views, else they are copies.
+        """
+        parts = [s.entries(layer) for s in self.segments if s.lengths[layer]]
+        if self.tail and self.slot is not None:
+            page, i, n = self.slot.page, self.slot.index, self.tail
+            parts.append((page.keys[layer][i, :, :n], page.values[layer][i, :, :n], page.positions[i, :n]))
+        keys, values, positions = _concatenate(parts)
+        alive = self.alive[layer]
+        if alive is not None and alive.shape[1] < keys.shape[1]:
+            alive = torch.cat([alive, alive.new_ones(alive.shape[0], keys.shape[1] - alive.shape[1])], dim=1)
+        return keys, values, positions, alive
+
+    def replace(self, segments: list[Segment]) -> None:
+        """Put these segments in the place of everything held, the open tail and the marks included."""
+        self.segments = segments
+        self.alive, self.dead, self.tail = [None] * self.layers, [0] * self.layers, 0
+        if self.slot is not None:
+            self.slot.release()
+            self.slot = None
+            self.tails.trim()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes this branch holds, shared segments in full. For a set of branches use the function `nbytes`."""
+        return nbytes([self])
+
+
+def nbytes(stores: Iterable[Store]) -> int:
+    """Bytes held by a set of branches: a shared tensor once, each open tail's whole block."""
+    held: dict[int, int] = {}
+    tails = 0
+    for store in stores:
+        tensors = [t for s in store.segments for t in s.tensors()]
+        tensors += [t for t in (*store.alive, *store.queries) if t is not None]
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+        if store.slot is not None:
+            tails += store.slot.page.slot_nbytes()
+    return sum(held.values()) + tails
+
+
+def join(segments: Sequence[Segment]) -> Segment:
+    """One segment with the entries of several, in order. It is not small."""
+    layers = len(segments[0].keys)
+    whole = Segment(layers, sum(s.lengths[0] for s in segments))
+    known: dict[tuple[int, ...], Tensor] = {}
+    for layer in range(layers):
+        keys, values, positions = _concatenate([s.entries(layer) for s in segments])
+        whole.keys[layer], whole.values[layer] = keys, values
+        name = tuple(id(s.positions[layer]) for s in segments)
+        whole.positions[layer] = known.setdefault(name, positions)
+        whole.lengths[layer] = keys.shape[1]
+    whole.settle()
+    return whole
+
+
+_NOTHING = torch.empty(0)
+_Part = tuple[Tensor, Tensor, Tensor]
+
+
+def _concatenate(parts: list[_Part]) -> _Part:
+    if not parts:
+        return _NOTHING, _NOTHING, _NOTHING
+    if len(parts) == 1:
+        return parts[0]
+    positions = [p[2] for p in parts]
+    if any(p.dim() == 2 for p in positions):
+        positions = [p.expand(parts[0][0].shape[0], -1) if p.dim() == 1 else p for p in positions]
+    return torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1), torch.cat(positions, -1)
+
+
+def _copy_tail(source: Slot, target: Slot, n: int) -> None:
+    old, new, i, j = source.page, target.page, source.index, target.index
+    new.positions[j, :n] = old.positions[i, :n]
+    for layer, (keys, values) in enumerate(zip(old.keys, old.values, strict=True)):
+        new.allocate(layer, keys.shape[1], keys.shape[3], values.shape[3], keys)
+        new.keys[layer][j, :, :n] = keys[i, :, :n]
+        new.values[layer][j, :, :n] = values[i, :, :n]
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,423 @@
+"""Continuous batching: one thread runs the model for all branches, whoever asks, from whatever event loop.
+
+The thread's loop first does what was queued (copies for forks, freeing), then prefills one waiting prompt by itself,
+then runs one decode step over the branches that have leave to draw, at most `max_batch` of them, in turn. A
+branch whose caller is slow to take its stream has no leave and holds up nobody. Whatever goes wrong in one row ends
+that row: when a batch fails, its rows are run one by one.
+
+Invariants: the model, and every cache, is used by this thread alone; a Turn is told exactly once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from thrifty.engines.local import sampling
+from thrifty.engines.local.branch import LocalBranch, Told, told
+from thrifty.engines.local.runner import Output, Row, Runner
+from thrifty.errors import EngineError, InvalidInput, ThriftyError
+from thrifty.policy import CONTINUE, Probe
+
+FOREVER = 2**62
+
+
+class Turn:
+    """Leave for one branch to draw `left` tokens. `told` hears the end, or what went wrong; `each` every token."""
+
+    __slots__ = ("branch", "left", "told", "each", "probe", "over", "running")
+
+    def __init__(
+        self, branch: LocalBranch, left: int, told: Told, each: Callable[[], None] | None = None
+    ) -> None:
+        self.branch, self.left, self.told, self.each = branch, left, told, each
+        self.probe: Probe | None = None
+        """while one runs, this turn waits for it"""
+        self.over = False
+        self.running = False
+        """the step under way reads or draws for it"""
+
+
+class Scheduler:
+    """See the top of the module. `deterministic` runs every row by itself."""
+
+    def __init__(self, runner: Runner, max_batch: int = 16, deterministic: bool = False) -> None:
+        self.runner, self.max_batch, self.deterministic = runner, max_batch, deterministic
+        self._wake = threading.Condition()
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._prompts: deque[tuple[LocalBranch, Callable[[], Row], Told]] = deque()
+        self._turns: deque[Turn] = deque()
+        self._thread: threading.Thread | None = None
+        self._last = threading.Lock()
+        self._stopping = self._ended = False
+        self.steps = 0
+        """decode steps run"""
+        self.rows = 0
+        """rows in them"""
+
+    # -- the callers' side -------------------------------------------------------------------------------------
+
+    def queue(self, job: Callable[[], None]) -> None:
+        """Does something on the model's thread before its next step, in the order of asking."""
+        with self._wake:
+            if not self._ended:
+                self._jobs.append(job)
+                self._start()
+                return
+        with self._last:  # the thread has gone: what it left behind is freed here
+            self._do(job)
+
+    async def prefill(self, branch: LocalBranch, row: Callable[[], Row]) -> None:
+        """Reads a prompt, which `row` makes on the model's thread. Raises EngineError, or BudgetExceeded when its memory is refused."""
+
+        def start(tell: Told) -> None:
+            with self._wake:
+                self._refuse_stopped()
+                self._prompts.append((branch, row, tell))
+                self._start()
+
+        await told(start)
+
+    async def drawn(self, branches: Sequence[LocalBranch], n: int) -> None:
+        """Returns when each branch has drawn n more tokens or ended; they run in common batches."""
+        turns: list[Turn] = []
+        try:
+            for branch in branches:
+                if branch.failure is not None:
+                    raise branch.failure
+            branches = [b for b in branches if b.finish is None] if n > 0 else []
+            await told(lambda tell: self._together(branches, n, tell, turns))
+        finally:
+            self.drop(turns)
+
+    def begin(self, turns: Sequence[Turn]) -> None:
+        """Gives leave to draw. Raises EngineError when a branch is already being stepped."""
+        with self._wake:
+            self._refuse_stopped()
+            if any(turn.branch.busy for turn in turns):
+                raise InvalidInput("a step of this branch is awaited already: await one at a time")
+            for turn in turns:
+                turn.branch.busy = True
+            self._turns.extend(turns)
+            self._start()
+
+    def extend(self, turn: Turn, upto: int) -> None:
+        """Lets a turn draw until its branch has `upto` tokens."""
+        with self._wake:
+            turn.left = upto - len(turn.branch.tokens)
+            self._wake.notify()
+
+    def drop(self, turns: Sequence[Turn]) -> None:
+        """Takes leave back; a step under way is finished first by the thread."""
+        with self._wake:
+            for turn in turns:
+                if not turn.over:
+                    turn.left, turn.over = 0, True
+                    turn.branch.busy = turn.running
+                    if turn in self._turns:
+                        self._turns.remove(turn)
+
+    def stop(self) -> None:
+        """Ends the thread and fails what waits. Idempotent. Blocks until the step under way is done."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+            thread = self._thread
+            self._ended = self._ended or thread is None
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        self._fail_all()
+
+    # -- the thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._stopping or self._jobs or self._prompts or any(_ready(t) for t in self._turns)):
+                    self._wake.wait()
+                if self._stopping and not self._jobs:
+                    self._ended = True
+                    return
+                jobs = list(self._jobs)
+                self._jobs.clear()
+                prompt = self._prompts.popleft() if self._prompts and not self._stopping else None
+            for job in jobs:
+                self._do(job)
+            if prompt is not None:
+                self._prefill(*prompt)
+            batch = self._batch()
+            if batch:
+                self._step(batch)
+                self._rest(batch)
+
+    def _do(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except ThriftyError as error:
+            holder = getattr(job, "__self__", None)
+            if isinstance(holder, LocalBranch):
+                holder.failure = error
+
+    def _batch(self) -> list[Turn]:
+        """The turns of the next step, first come first served; those served go to the end of the line."""
+        with self._wake:
+            chosen: list[Turn] = []
+            for turn in self._turns:
+                if _ready(turn):
+                    chosen.append(turn)
+                    turn.running = True
+                    if len(chosen) == self.max_batch:
+                        break
+            if len(chosen) == self.max_batch < len(self._turns):
+                for turn in chosen:
+                    self._turns.remove(turn)
+                self._turns.extend(chosen)
+            return chosen
+
+    def _rest(self, turns: list[Turn]) -> None:
+        """The step is over: turns that were dropped during it let their branches go."""
+        with self._wake:
+            for turn in turns:
+                turn.running = False
+                if turn.over:
+                    turn.branch.busy = False
+
+    def _prefill(self, branch: LocalBranch, row: Callable[[], Row], tell: Told) -> None:
+        with branch.lock:
+            branch.begun = not branch.closed
+        if branch.closed:
+            tell(None)
+            return
+        begun = time.perf_counter()
+        try:
+            output = self._forward([row()])[0]
+            branch.prefilled(output, time.perf_counter() - begun)
+        except Exception as error:
+            branch.failure = _known(error)
+            tell(branch.failure)
+        else:
+            tell(None)
+
+    def _step(self, turns: list[Turn]) -> None:
+        """One decode step: read what is pending, draw, judge."""
+        live: list[Turn] = []
+        rows: list[tuple[Turn, Row]] = []
+        for turn in turns:
+            branch = turn.branch
+            row = None
+            try:
+                with branch.lock:
+                    go = not branch.closed and branch.failure is None and branch.may_draw() and self._fits(branch)
+                    if go:
+                        row = branch.row()
+                        go = branch.finish is None
+            except Exception as error:
+                self._failed(turn, error)
+                continue
+            if not go:
+                self._over(turn, branch.failure)
+                continue
+            live.append(turn)
+            if row is not None:
+                rows.append((turn, row))
+        self._read(rows)
+        self._draw([t for t in live if not t.over])
+
+    def _fits(self, branch: LocalBranch) -> bool:
+        """False, with finish reason `length`, when the model's context is full."""
+        most, store = self.runner.max_positions, branch.store
+        new = len(branch.pending) + (0 if branch.embeds is None else 1)
+        if most is not None and store is not None and store.next_position + new > most:
+            branch.finish = "length"
+            return False
+        return True
+
+    def _read(self, rows: list[tuple[Turn, Row]]) -> None:
+        """Forward passes: one for all rows but those that run alone; one by one when that fails."""
+        alone = [r for r in rows if self.deterministic or r[0].branch.call.sampling.deterministic]
+        common = [r for r in rows if r not in alone]
+        for group in [common, *([r] for r in alone)]:
+            if not group:
+                continue
+            begun = time.perf_counter()
+            try:
+                outputs = self._forward([row for _, row in group])
+            except Exception as error:
+                if len(group) == 1:
+                    self._failed(group[0][0], error)
+                else:
+                    for one in group:
+                        self._read([one])
+                continue
+            share = (time.perf_counter() - begun) / len(group)
+            self.steps += 1
+            self.rows += len(group)
+            for (turn, _), output in zip(group, outputs, strict=True):
+                try:
+                    turn.branch.stepped(output, share)
+                except Exception as error:
+                    self._failed(turn, error)
+
+    def _draw(self, turns: list[Turn]) -> None:
+        """Draws for all rows at once, then lets each row's policies judge."""
+        ready: list[tuple[Turn, Tensor]] = []
+        for turn in turns:
+            branch = turn.branch
+            try:
+                with branch.lock:
+                    logits = None if branch.closed or branch.finish is not None else branch.shaped()
+            except Exception as error:
+                self._failed(turn, error)
+                continue
+            if logits is None:
+                self._over(turn, None)
+            else:
+                ready.append((turn, logits))
+        if not ready:
+            return
+        logits = torch.stack([row for _, row in ready])
+        tokens = sampling.draw(logits, [t.branch.sampler for t, _ in ready])
+        shown = sampling.logprobs(logits, tokens) if any(t.branch.keeps_logprobs for t, _ in ready) else None
+        for i, (turn, row) in enumerate(ready):
+            branch = turn.branch
+            try:
+                with branch.lock:
+                    live = not branch.closed
+                    probe = branch.drew(tokens[i], 0.0 if shown is None else shown[i], row) if live else None
+                    inner = self._probe(turn, probe)
+            except Exception as error:
+                self._failed(turn, error)
+                continue
+            if inner is None:
+                self._drew(turn)
+
+    def _probe(self, turn: Turn, probe: Probe | None) -> Turn | None:
+        """Starts a probe if there is one and the budget allows it. Under the branch's lock."""
+        branch = turn.branch
+        turn.probe = None
+        while probe is not None:
+            twin = branch.start_probe(probe)
+            if twin is not None:
+                turn.probe = probe
+                inner = Turn(twin, FOREVER, partial(self._probed, turn, probe))
+                twin.busy = True
+                with self._wake:
+                    self._turns.append(inner)
+                return inner
+            probe = branch.decided(CONTINUE, "")
+        return None
+
+    def _probed(self, turn: Turn, probe: Probe, error: BaseException | None) -> None:
+        """A probe has ended: its verdict counts, and the branch goes on."""
+        branch = turn.branch
+        try:
+            with branch.lock:
+                if error is not None and branch.probe is not None:
+                    branch.probe.failure = error
+                inner = self._probe(turn, branch.probed(probe))
+        except Exception as wrong:
+            self._failed(turn, wrong)
+            return
+        if inner is None:
+            self._drew(turn)
+
+    def _drew(self, turn: Turn) -> None:
+        """Counts a token and tells who waits for it."""
+        with self._wake:
+            turn.left -= 1
+        if turn.each is not None:
+            turn.each()
+        if turn.branch.finish is not None or (turn.left <= 0 and turn.each is None):
+            self._over(turn, None)
+
+    # -- details -----------------------------------------------------------------------------------------------
+
+    def _forward(self, rows: list[Row]) -> list[Output]:
+        return self.runner.forward(rows)
+
+    def _failed(self, turn: Turn, error: Exception) -> None:
+        known = _known(error)
+        branch = turn.branch
+        with branch.lock:
+            branch.failure = known
+            if branch.finish is None:
+                branch.finish = "error"
+        self._over(turn, known)
+
+    def _over(self, turn: Turn, error: BaseException | None) -> None:
+        with self._wake:
+            if turn.over:
+                return
+            turn.over = True
+            turn.branch.busy = False
+            if turn in self._turns:
+                self._turns.remove(turn)
+        turn.told(error)
+
+    def _together(self, branches: Sequence[LocalBranch], n: int, tell: Told, turns: list[Turn]) -> None:
+        """One turn a branch; `tell` hears the last end, with the first error."""
+        waiting = len(branches)
+        first: list[BaseException] = []
+        count = threading.Lock()
+
+        def one(error: BaseException | None) -> None:
+            nonlocal waiting
+            with count:
+                waiting -= 1
+                if error is not None:
+                    first.append(error)
+                last = waiting == 0
+            if last:
+                tell(first[0] if first else None)
+
+        if not branches:
+            tell(None)
+            return
+        turns.extend(Turn(branch, n, one) for branch in branches)
+        try:
+            self.begin(turns)
+        except ThriftyError:
+            turns.clear()
+            raise
+
+    def _start(self) -> None:
+        """Under the lock: wakes the thread, or starts it."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="thrifty-local", daemon=True)
+            self._thread.start()
+        self._wake.notify()
+
+    def _refuse_stopped(self) -> None:
+        if self._stopping:
+            raise EngineError("this engine was closed: load it again")
+
+    def _fail_all(self) -> None:
+        gone = EngineError("the engine was closed while this was running")
+        with self._wake:
+            turns, prompts = list(self._turns), list(self._prompts)
+            self._prompts.clear()
+        for turn in turns:
+            self._failed(turn, gone)
+        for branch, _, tell in prompts:
+            branch.failure = gone
+            tell(gone)
+
+
+def _ready(turn: Turn) -> bool:
+    """May be served now; a closed branch's turn is served too, to be told that it is over."""
+    return turn.branch.closed or (turn.left > 0 and turn.probe is None)
+
+
+def _known(error: Exception) -> Exception:
+    """An error of ours as it is; another one as an EngineError that names it."""
+    if isinstance(error, ThriftyError):
+        return error
+    known = EngineError(f"the local engine failed: {type(error).__name__}: {error}")
+    known.__cause__ = error
+    return known

@@ -1,0 +1,1 @@
+"""Token counting, prices, efficiency metrics and audit."""

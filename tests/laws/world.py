@@ -1,0 +1,188 @@
+"""Where laws are tried: an engine a method can run on, a ledger, one call, and what came of it.
+
+`ENGINES` names the kinds of engine; a method runs on every one that has its needs. The tiny model is a random Llama with
+three layers in the local engine: it says nothing of sense, and spends, forks, streams and is cancelled as any local model
+does. White-box methods run on it; laws of theirs (padding, chunks, kept set) join `law_table.LAWS`.
+
+`SETTINGS` gives knobs with which a method fires on the call below, where its defaults would not: a law that only ever saw
+a no-op shows nothing, so a method that does not fire fails the table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from thrifty import Account, Answer, Budget, Call, Delta, Method, Pipeline, Plan, Receipt, Sampling, Spend
+from thrifty.call import text_of
+from thrifty.engines.kinds import KNOWN
+from thrifty.engines.scripted import PROVIDES, Draw, Reply, ScriptedEngine
+from thrifty.ledger import MemoryLedger
+from thrifty.spend import total_spend
+
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "adaptive-k": {"buffer": 1},
+    "fixed-k": {"k": 3},
+    "truncation": {"tokens": 30},
+    "plan-and-budget": {"plan_tokens": 24},
+}
+
+FACTS = (
+    "cats purr",
+    "the code is 42",
+    "dogs bark",
+    "rain falls",
+    "the sun is hot",
+    "owls hunt",
+    "bees hum",
+    "ice melts",
+)
+PASSAGES = tuple(f"Note {i}: {fact}, as everybody here knows." for i, fact in enumerate(FACTS))
+QUESTION = "What is the code?"
+IMAGE = {
+    "type": "image_url",
+    "image_url": {"url": "data:image/png;base64,AAAA", "detail": "low"},
+    "x_unknown": 1,
+}
+TOOLS = ({"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}},)
+
+
+def speak(call: Call, draw: Draw) -> Reply:
+    """A model of no great mind: it plans when asked to, thinks, and differs from seed to seed."""
+    text = "\n".join(text_of(m) for m in call.messages)
+    if "JSON only" in text and "Smaller questions" in text:
+        return Reply(json.dumps({"level": 2, "credits": [60, 40]}))
+    if "in order; an easy question" in text:
+        return Reply("1. Where is the code? (notes)\n2. What does it say? (read)")
+    words = ["so"] * draw.randint(2, 20)
+    return Reply(
+        " ".join(words) + f" #### {draw.choice(['42', '42', '7'])}", thinking="hm " * draw.randint(1, 6)
+    )
+
+
+class Recorded:
+    """An engine that remembers the calls it was asked for, as ScriptedEngine does by itself."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.calls: list[Call] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    async def generate(self, call: Call) -> Answer:
+        self.calls.append(call)
+        return await self._engine.generate(call)
+
+    async def open(self, call: Call) -> Any:
+        self.calls.append(call)
+        return await self._engine.open(call)
+
+
+@functools.cache
+def tiny_model() -> Any:
+    """One local engine for all worlds; rows run alone, so that calls at the same time can be compared."""
+    sys.path.append(str(Path(__file__).parents[1] / "engines" / "local"))
+    from tiny_chat import make_folder
+
+    from thrifty.engines.local.engine import LocalEngine
+
+    folder = make_folder(Path(tempfile.mkdtemp(prefix="thrifty-laws-")) / "tiny", positions=4096)
+    return LocalEngine.load(folder, dtype="float32", deterministic=True)
+
+
+TINY = "tiny model"
+STOPS = ("a", "e", "o", "1", "T")
+ENGINES: Mapping[str, Callable[[], Any]] = {
+    "scripted": lambda: ScriptedEngine(speak),
+    "scripted without branches": lambda: ScriptedEngine(speak, capabilities=PROVIDES - {"branch"}),
+    TINY: lambda: Recorded(tiny_model()),
+}
+CAPABLE: Mapping[str, frozenset[str]] = {
+    "scripted": PROVIDES,
+    "scripted without branches": PROVIDES - {"branch"},
+    TINY: KNOWN["local"] - {"vision"},
+}
+"""What each kind provides, so that the table can be laid out without loading a model."""
+
+
+def engines_for(method: type[Method]) -> list[str]:
+    """The kinds of engine that have what a method needs."""
+    return [kind for kind, has in CAPABLE.items() if method.needs <= has]
+
+
+@dataclass
+class World:
+    """One method, or none, on one engine with one ledger."""
+
+    method: type[Method]
+    kind: str = "scripted"
+    settings: Mapping[str, Any] | None = None
+    budget: Budget = Budget()
+    on_exceed: str = "degrade"
+    without: bool = False
+    """the same plan without the method"""
+    below: tuple[Method, ...] = ()
+    above: tuple[Method, ...] = ()
+    deltas: list[Delta] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        chosen = SETTINGS.get(self.method.name, {}) if self.settings is None else self.settings
+        own = () if self.without else (self.method.from_settings(chosen),)
+        self.plan = Plan("law", (*self.above, *own, *self.below), self.budget, on_exceed=self.on_exceed)  # type: ignore[arg-type]
+        self.engine = ENGINES[self.kind]()
+        roles = {role: ScriptedEngine(speak, model=role) for m in self.plan.methods for role in m.roles}
+        self.pipeline: Pipeline = self.plan.build({**roles, "answer": self.engine})
+        self.ledger = MemoryLedger()
+        self.account = Account("law", ledger=self.ledger)
+
+    def call(self, **changes: Any) -> Call:
+        """The call that laws make: passages, a question, a seed."""
+        sampling = Sampling(seed=5, temperature=0.5)
+        if self.kind == TINY:  # it never ends by itself: a letter that it says often is its end
+            sampling = replace(sampling, max_tokens=12, stop=STOPS)
+        return replace(
+            self.pipeline.call(QUESTION, self.account, context=PASSAGES, sampling=sampling), **changes
+        )
+
+    def rich_call(self) -> Call:
+        """A call with an image, tools, and fields that Thrifty does not know."""
+        message = {
+            "role": "user",
+            "name": "ann",
+            "x_field": [1],
+            "content": [IMAGE, {"type": "text", "text": QUESTION}],
+        }
+        return self.call(messages=(message,), tools=TOOLS, extra={"x_extra": {"deep": 1}, "user": "u1"})
+
+    async def emit(self, delta: Delta) -> None:
+        self.deltas.append(delta)
+
+    async def ask(self, **changes: Any) -> Answer:
+        return await self.pipeline(self.call(**changes))
+
+    def receipts(self, answer: Answer) -> list[Receipt]:
+        """The method's own receipts."""
+        return [r for r in answer.receipts if r.method == self.method.name]
+
+    def entered(self, method: str | None = None) -> Spend:
+        """The sum of the ledger's entries: all, or those under one method's name."""
+        return total_spend(
+            e.spend for e in self.ledger.entries() if method is None or e.labels.method == method
+        )
+
+
+async def turns(n: int, kind: str) -> None:
+    """Lets every other task run n times; a model in a thread gets time instead."""
+    if kind == TINY:
+        await asyncio.sleep(n / 250)
+        return
+    for _ in range(n):
+        await asyncio.sleep(0)
