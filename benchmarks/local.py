@@ -5,14 +5,15 @@
 Decode: tokens a second at batch 1 and 16 and contexts of 100, 1,000 and 4,000 tokens. Every row of a batch has a cache
 of its own, unpadded and of equal length. The prompt's pass is not part of it. The engines take turns; a figure is the
 median of the repeats, a ratio the median of the ratios of each turn, with the least and the greatest in brackets.
-Prefill: tokens a second of one prompt. Forks: 8 forks of a 2,000-token prompt by 16 tokens, from the prompt's first token
-on, against one prefill plus our own batched decode of 8 separate copies of it: below 1 means that sharing is faster.
+Prefill: tokens a second of one prompt. Forks: 8 forks of a 2,000-token prompt by 16 tokens, with the prompt's prefill,
+against one prefill plus our own batched decode of 8 separate copies of it: below 1 means that sharing is faster.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import copy
 import json
 import os
 import platform
@@ -34,6 +35,8 @@ from thrifty.engines.local.kv import Segment
 from thrifty.engines.local.prompt import Prompt
 
 STEPS = 16
+SIZES = {False: ((100, 1000, 4000), (1, 16)), True: ((100, 1000), (1, 4))}
+"""Contexts and batches, by whether it is to be quick."""
 
 
 def prompt_ids(engine: LocalEngine, n: int) -> list[int]:
@@ -63,26 +66,14 @@ def never_ending(engine: LocalEngine) -> None:
 async def separate(engine: LocalEngine, branch: LocalBranch) -> LocalBranch:
     """A fork whose segments are copies: it shares no memory with its parent."""
     twin = branch.fork()
-    done = asyncio.get_running_loop().create_future()
-    loop = asyncio.get_running_loop()
-
-    def copy() -> None:
-        store = twin.store
-        if store is not None:
-            store.segments = [_copied(s) for s in store.segments]
-        loop.call_soon_threadsafe(done.set_result, None)
-
-    engine.scheduler.queue(copy)
-    await done
+    await engine.advance([twin], 1)  # the fork's cache is there once it has drawn; the prompt's pass gave this token
+    if twin.store is not None:
+        twin.store.segments = [_copied(s) for s in twin.store.segments]
     return twin
 
 
 def _copied(segment: Segment) -> Segment:
-    twin = segment.marked_copy()
-    if twin is segment:
-        twin = Segment.__new__(Segment)
-        for name in Segment.__slots__:
-            setattr(twin, name, getattr(segment, name))
+    twin = copy.copy(segment)
     twin.keys = [k.clone() for k in segment.keys]
     twin.values = [v.clone() for v in segment.values]
     return twin
@@ -91,7 +82,6 @@ def _copied(segment: Segment) -> Segment:
 async def our_decode(engine: LocalEngine, base: LocalBranch, batch: int, steps: int) -> float:
     """Tokens a second of `batch` separate copies of a branch that has read its prompt."""
     rows = [await separate(engine, base) for _ in range(batch)]
-    await engine.advance(rows, 1)  # the first token needs no pass: the prompt's gave it
     begun = time.perf_counter()
     await engine.advance(rows, steps)
     seconds = time.perf_counter() - begun
@@ -128,8 +118,6 @@ class Stock:
 
     def decode(self, ids: list[int], cache: Any, batch: int, steps: int) -> float:
         """Tokens a second of `generate`, continuing `batch` copies of a cache; its first step is not counted."""
-        import copy
-
         rows = copy.deepcopy(cache)
         rows.batch_repeat_interleave(batch)
         rows.crop(-1)  # generate reads the prompt's last token itself
@@ -159,7 +147,7 @@ async def forks(engine: LocalEngine, ids: list[int], n: int, steps: int) -> tupl
     read = time.perf_counter() - begun
     rows = [await separate(engine, base) for _ in range(n)]  # making the copies is not counted
     begun = time.perf_counter()
-    await engine.advance(rows, steps)
+    await engine.advance(rows, steps - 1)
     apart = read + time.perf_counter() - begun
     for row in (base, *rows):
         row.close()
@@ -170,7 +158,7 @@ async def measure(engine: LocalEngine, stock: Stock, quick: bool, say: Callable[
     """Every figure, the engines in turn."""
     never_ending(engine)
     results: list[dict[str, Any]] = []
-    contexts, batches = ((100, 1000), (1, 4)) if quick else ((100, 1000, 4000), (1, 16))
+    contexts, batches = SIZES[quick]
     repeats, steps = (2, 6) if quick else (5, STEPS)
     for context in contexts:
         ids = prompt_ids(engine, context)
@@ -268,14 +256,14 @@ for batch, context, ids in json.load(sys.stdin):
 """
 
 
-def other(command: list[str], jobs: list[Any], threads: int) -> list[list[float]] | str:
-    """What another engine's process measured: [batch, context, tokens/s] each; or why there is nothing."""
+def other(command: list[str], jobs: list[Any], threads: int) -> list[list[float]]:
+    """What another engine's process measured: [batch, context, tokens/s] each, as far as it came."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "4"}
     done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, env=env, timeout=1800)
     found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if len(found) < len(jobs):
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        print(f"  ended after {len(found)} of {len(jobs)} with exit code {done.returncode}: {last[:200]}", file=sys.stderr)
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
+        print(f"  ended after {len(found)} of {len(jobs)}, exit code {done.returncode}: {last}", file=sys.stderr)
     return found
 
 
@@ -306,12 +294,14 @@ def main() -> None:
             await engine.aclose()
 
     results = asyncio.run(run())
-    sizes = [(b, c) for c in ((100, 1000) if args.quick else (100, 1000, 4000)) for b in ((1, 4) if args.quick else (1, 16))]
+    contexts, batches = SIZES[args.quick]
+    sizes = [(b, c) for c in contexts for b in batches]
     steps, threads = (6 if args.quick else STEPS), torch.get_num_threads()
     others: dict[str, Any] = {}
     if not args.no_llama and args.model == "smollm2" and _installed("xllamacpp"):
         jobs = [(b, c, engine.codec.decode(prompt_ids(engine, c))) for b, c in sizes]
-        others["llama.cpp, Q4_1 weights"] = other([sys.executable, "-c", _LLAMA, str(gguf_path("smollm2")), str(threads), str(steps)], jobs, threads)  # noqa: E501
+        command = [sys.executable, "-c", _LLAMA, str(gguf_path("smollm2")), str(threads), str(steps)]
+        others["llama.cpp, Q4_1 weights"] = other(command, jobs, threads)
     if args.vllm_python:
         jobs = [(b, c, prompt_ids(engine, c)) for b, c in sizes]
         others["vLLM"] = other([args.vllm_python, "-c", _VLLM, str(folder), str(steps), engine.dtype], jobs, threads)
@@ -319,7 +309,8 @@ def main() -> None:
         for batch, context, speed in found:
             print(f"decode   batch {int(batch):2}, context {int(context):5,}: {name} {speed:7.1f} tokens/s")
     if args.json:
-        args.json.write_text(json.dumps({**head, "steps": steps, "results": results, "others": others}, indent=1) + "\n")
+        whole = {**head, "steps": steps, "results": results, "others": others}
+        args.json.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def _installed(name: str) -> bool:

@@ -1,42 +1,43 @@
 """Writes the pages that are made from the code and from the measured results.
 
-    python docs/generate.py            writes docs/verbs/*.md and docs/catalogue.md
+    python docs/generate.py            writes docs/verbs/*.md, docs/catalogue.md, src/thrifty/bench/measured.json
     python docs/generate.py --check    fails when a page is not what the code says
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
-import click
 import typer.main
 
-from thrifty.bench.catalogue import page as catalogue_page
+from thrifty import registry
+from thrifty.bench.catalogue import catalogue, effect, measured, read_laws
 from thrifty.cli.app import app
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 
 
-def verb_page(name: str, command: click.Command) -> str:
+def verb_page(name: str, command: Any) -> str:
     """A verb's help as Markdown, its subcommands after it."""
     lines = [f"# thrifty {name}", "", *_section(f"thrifty {name}", command)]
-    if isinstance(command, click.Group):
+    if hasattr(command, "commands"):
         for sub, child in sorted(command.commands.items()):
             lines += [f"## thrifty {name} {sub}", "", *_section(f"thrifty {name} {sub}", child)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _section(path: str, command: click.Command) -> list[str]:
-    context = click.Context(command, info_name=path)
-    usage = " ".join(command.collect_usage_pieces(context))
+def _section(path: str, command: Any) -> list[str]:
+    usage = " ".join(command.collect_usage_pieces(command.context_class(command, info_name=path)))
     lines = [(command.help or "").replace("\b", "").strip(), "", "```text", f"{path} {usage}".rstrip(), "```", ""]
     rows = []
     for param in command.params:
         if param.name == "help" or getattr(param, "hidden", False):
             continue
-        names = param.name or "" if isinstance(param, click.Argument) else ", ".join([*param.opts, *param.secondary_opts])
+        names = param.name if param.param_type_name == "argument" else ", ".join([*param.opts, *param.secondary_opts])
         text = (getattr(param, "help", "") or "").replace("|", "\\|").replace("\n", " ")
         default = param.default if isinstance(param.default, (str, int, float)) and param.default is not True else None
         shown = f" Default: `{default}`." if default not in (None, False, "") and not param.required else ""
@@ -48,11 +49,13 @@ def _section(path: str, command: click.Command) -> list[str]:
 
 def pages() -> dict[Path, str]:
     """Every generated page and its text."""
-    group = typer.main.get_command(app)
-    if not isinstance(group, click.Group):
-        raise SystemExit("the command line has no verbs")
+    group: Any = typer.main.get_command(app)
     made = {DOCS / "verbs" / f"{name}.md": verb_page(name, command) for name, command in group.commands.items()}
-    made[DOCS / "catalogue.md"] = catalogue_page(ROOT / "results")
+    results, laws = ROOT / "results", ROOT / "results" / "laws.json"
+    made[DOCS / "catalogue.md"] = catalogue(results, read_laws(laws) if laws.exists() else None)
+    known = measured(results)
+    shown = {name: effect(name, results) for name in registry.names() if name in known}
+    made[ROOT / "src/thrifty/bench/measured.json"] = json.dumps(shown, indent=1, ensure_ascii=False) + "\n"
     return made
 
 

@@ -49,7 +49,12 @@ def test_a_call_without_context_and_mark_is_untouched(text: str) -> None:
 
 def test_when_all_passages_are_gone_the_mark_goes_with_its_blank_line() -> None:
     messages = ({"role": "user", "content": f"Notes: {CONTEXT_MARK}\n\nWhy?"},)
-    assert render(Call(messages, ACCOUNT))[0]["content"] == "Notes: Why?"
+    assert render(Call(messages, ACCOUNT, context=()))[0]["content"] == "Notes: Why?"
+
+
+def test_a_mark_in_a_call_that_never_had_context_is_only_text() -> None:
+    messages = ({"role": "user", "content": f"What does {CONTEXT_MARK} mean in a template?"},)
+    assert render(Call(messages, ACCOUNT)) is messages
 
 
 def test_only_the_first_mark_counts_and_marks_in_passages_are_text() -> None:

@@ -66,7 +66,7 @@ def _clamped(total: int, weights: list[Fraction], lows: list[int], highs: list[i
         else:
             above, hi_i = breaks[mid], mid - 1
     start = at(below)
-    missing = total - sum(start)
+    missing = total - sum(start, Fraction(0))
     if not missing:
         return start
     if above is None:  # every weighted part is full: the rest goes to parts of weight zero, in order

@@ -113,7 +113,7 @@ def call_of(body: Mapping[str, Any], pipeline: Pipeline, account: Account) -> Ca
     return pipeline.call(
         body.get("messages") or str(body["prompt"]),
         account,
-        context=tuple(body.get("context", ())),
+        context=tuple(body["context"]) if body.get("context") else None,
         prefix=body.get("prefix"),
         tools=tuple(body.get("tools", ())),
         sampling=sampling,

@@ -255,10 +255,11 @@ class Account:
             settled, held = account._settled, account._held
             for i, limit in account._bound:
                 if i in ask and settled[i] + held[i] + ask[i] > limit:
-                    account._check(ask, 0, 0)
+                    account._check(ask, 0, 0)  # raises
+        changes = ask.items()
         for account in self._chain:
             held = account._held
-            for i, asked in ask.items():
+            for i, asked in changes:
                 held[i] += asked
 
     def _take_backed(self, ask: Amounts, keep: int) -> None:
@@ -290,10 +291,24 @@ class Account:
 
     def _settle(self, held: Amounts, actual: Amounts, seconds: float) -> dict[str, float]:
         """Turns a hold into what was really spent, at every level; returns the new overdraft of the worst level."""
-        if seconds:
-            for account in self._chain:
-                account._seconds += seconds
-        return self._move({i: -amount for i, amount in held.items()}, actual)
+        if self._backed:
+            if seconds:
+                for account in self._chain:
+                    account._seconds += seconds
+            return self._move({i: -amount for i, amount in held.items()}, actual)
+        worst: dict[str, float] = {}
+        freed, spent = held.items(), actual.items()
+        for account in self._chain:  # what `_move` does, for the common case without reserves
+            mine, settled, overdraft = account._held, account._settled, account._overdraft
+            for i, amount in freed:
+                mine[i] -= amount
+            for i, amount in spent:
+                settled[i] += amount
+            account._seconds += seconds
+            for i, limit in account._bound:
+                if settled[i] + mine[i] - limit > overdraft[i]:
+                    account._note_overdraft(worst)
+        return worst
 
     def _move(self, held: Amounts, settled: Amounts) -> dict[str, float]:
         """Adds to what is held (or takes from it) and to what is settled, from here to the root.

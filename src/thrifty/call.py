@@ -108,8 +108,9 @@ class Call:
     messages: tuple[Message, ...]
     account: Account
     tools: tuple[Mapping[str, Any], ...] = ()
-    context: tuple[str, ...] = ()
-    """passages that context methods may drop, reorder or shorten; rendered at `CONTEXT_MARK`"""
+    context: tuple[str, ...] | None = None
+    """passages that context methods may drop, reorder or shorten; rendered at `CONTEXT_MARK`. None: the call has none,
+    and a mark in its text is only text; (): all were dropped, and the mark goes"""
     prefix: str | None = None
     """how the answer must begin: sent as the unfinished last assistant message, counted as input (but see Draft)"""
     draft: Draft | None = None
@@ -146,7 +147,7 @@ class Call:
             self,
             emit=None,
             tools=(),
-            context=(),
+            context=None,
             prefix=None,
             draft=None,
             policies=(),
@@ -158,7 +159,8 @@ class Call:
         """The text of the last user message, without the context mark; empty when there is none."""
         for message in reversed(self.messages):
             if message.get("role") == "user":
-                return text_of(message).replace(CONTEXT_MARK, "").strip()
+                text = text_of(message)
+                return (text if self.context is None else text.replace(CONTEXT_MARK, "")).strip()
         return ""
 
 

@@ -62,8 +62,11 @@ def render(call: Call) -> tuple[Message, ...]:
     """The call's messages with its context in place.
 
     The context replaces the first `CONTEXT_MARK` in a user message; without a mark it stands before the text of the
-    last user message. A call without context loses only its mark, and a system or assistant message never changes.
+    last user message. Where all passages were dropped, the mark goes; a call that never had context stays as it is, and
+    a system or assistant message never changes.
     """
+    if call.context is None:
+        return call.messages
     block = SEPARATOR.join(call.context)
     users = [i for i, m in enumerate(call.messages) if m.get("role") == "user"]
     for i in users:

@@ -218,12 +218,48 @@ async def test_branches_and_their_forks_are_counted_and_not_shared() -> None:
 async def test_the_runs_refusal_is_told_apart_from_the_plans() -> None:
     bench = Bench(ScriptedEngine("a b c"), Budget(output=2))
     engine, account, tally = bench.plan()
+    answer = await engine.generate(call(account, sampling=Sampling(max_tokens=3)))
+    assert answer.finish == "budget" and answer.spend.output == 2
+    assert tally.refused is not None and tally.refused.account == "run"
+    assert bench.run.settled.output == 2 and bench.run.held == {} and bench.run.overdraft == {}
+
+    engine, account, tally = bench.plan()
     with pytest.raises(BudgetExceeded) as refused:
         await engine.generate(call(account, sampling=Sampling(max_tokens=3)))
-    assert tally.refused is refused.value and refused.value.account == "run"
-    assert bench.engine.calls == [] and bench.run.held == {}
+    assert tally.refused is not None and refused.value.account == "run"
+    assert account.held == {} and bench.run.held == {}
 
-    engine, account, tally = bench.plan(Budget(calls=0))
+    for budget in (Budget(calls=0), Budget(input=2)):
+        engine, account, tally = bench.plan(budget)
+        with pytest.raises(BudgetExceeded):
+            await engine.generate(call(account, sampling=Sampling(max_tokens=0)))
+        assert tally.refused is None, "the plan's own budget refused it"
+        assert bench.run.held == {}
+
+
+async def test_forks_stay_within_the_runs_budget() -> None:
+    bench = Bench(ScriptedEngine("a b c"), Budget(tokens=17))
+    engine, account, tally = bench.plan()
+    branch = await engine.open(call(account, sampling=Sampling(max_tokens=4)))
+    await branch.step()
+    twin = branch.fork()
     with pytest.raises(BudgetExceeded):
-        await engine.generate(call(account, sampling=Sampling(max_tokens=1)))
-    assert tally.refused is None
+        branch.fork()
+    assert tally.refused is not None and tally.refused.account == "run"
+    await engine.advance([branch, twin], 10)
+    await branch.finish_up()
+    await twin.finish_up()
+    assert bench.run.settled == tally.spend() == account.settled
+    assert bench.run.settled.tokens <= 17 and bench.run.overdraft == {} and bench.run.held == {}
+
+
+async def test_what_is_settled_after_the_example_is_over_still_counts() -> None:
+    bench = Bench(ScriptedEngine("a b c"))
+    engine, account, tally = bench.plan()
+    branch = await engine.open(call(account))
+    await branch.step()
+    tally.close()
+    assert bench.run.held == {}
+    branch.close()
+    assert bench.run.settled == account.settled == Spend(input=3, output=1, calls=1)
+    assert bench.run.held == {}

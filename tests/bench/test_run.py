@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import thrifty
 from thrifty import Account, Answer, Budget, Call, EngineError, InvalidInput, Plan, PlanError, Spend
 from thrifty.bench.progress import Live
 from thrifty.bench.run import FAILURES_IN_A_ROW, Outcome, run
@@ -56,8 +57,8 @@ def engine(delay: float = 0.0) -> ScriptedEngine:
 
 
 def start(path: Path, n: int, delay: float) -> subprocess.Popen[str]:
-    root = HERE.parents[2]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "src"), os.environ.get("PYTHONPATH", "")])}
+    source = str(Path(thrifty.__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
     return subprocess.Popen(
         [sys.executable, str(HERE), str(path), str(n), str(delay)],
         env=env,

@@ -124,7 +124,7 @@ def test_bad_input_is_one_clear_line(args: list[str], word: str) -> None:
         ('name = "x"\n[[methods]]\nuse = "fixed-k"\nk = -2\n', ["fixed-k", "k = -2"]),
         ('name = "x\n', ["not TOML", "line 1"]),
         ('name = "x"\nbudgets = 3\n', ["budget"]),
-        ('name = "x"\n[[methods]]\nuse = "fixed-k"\n[[methods]]\nuse = "chain-of-draft"\n', ["chain-of-draft", "order"]),
+        ('name = "x"\n[[methods]]\nuse = "fixed-k"\n[[methods]]\nuse = "chain-of-draft"\n', ["below", "order"]),
     ],
 )
 def test_plan_check_refuses(tmp_path: Path, toml: str, words: list[str]) -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 from world import CAPABLE, PASSAGES, QUESTION, SETTINGS, TINY, World, turns
 
-from thrifty import Answer, Budget, BudgetExceeded, InvalidInput, Method, Plan, PlanError, registry
+from thrifty import Answer, Budget, BudgetExceeded, InvalidInput, Method, Plan, PlanError, Receipt, registry
 from thrifty.call import Call, text_of
 from thrifty.method import Range
 
@@ -53,8 +53,13 @@ async def identity(method: type[Method], kind: str) -> None:
         b.parsed,
     )
     assert a.spend == b.spend and with_it.entered() == without.entered()
-    assert a.work == b.work
+    assert replace(a.work, engine_seconds=0) == replace(b.work, engine_seconds=0)
     assert [r.fired for r in with_it.receipts(a)] == [False]
+
+
+def told(answer: Answer) -> list[Receipt]:
+    """An answer's receipts, without the seconds they took."""
+    return [replace(r, work=replace(r.work, engine_seconds=0)) for r in answer.receipts]
 
 
 async def explained(method: type[Method], kind: str) -> None:
@@ -69,7 +74,7 @@ async def repeatable(method: type[Method], kind: str) -> None:
     first, second, third = await world.ask(), await world.ask(), await other.ask()
     for again in (second, third):
         assert (again.text, again.thinking, again.finish) == (first.text, first.thinking, first.finish)
-        assert again.spend == first.spend and again.receipts == first.receipts
+        assert again.spend == first.spend and told(again) == told(first)
 
 
 # -- receipts and the ledger ---------------------------------------------------------------------------------
@@ -85,7 +90,7 @@ async def receipt(method: type[Method], kind: str) -> None:
         f"{method.name} did not fire ({own[0].reason}): give world.SETTINGS knobs with which it does"
     )
     bare = World(method, kind)
-    own = bare.receipts(await bare.pipeline(bare.pipeline.call("Hi", bare.account)))
+    own = bare.receipts(await bare.ask(messages=({"role": "user", "content": "Hi"},), context=None))
     assert len(own) == 1 and own[0].reason
 
 
@@ -143,14 +148,13 @@ async def budgets(method: type[Method], kind: str) -> None:
     """Budgets of 0, of 1, and of some more: BudgetExceeded, or an answer within; never beyond, nothing left
     held."""
     limits = (0, 1, 2, 30, 120, 200, 400, 1000) if kind != TINY else (0, 1, 7, 1000)
-    for resource in ("tokens", "input", "output", "calls", "reasoning"):
+    resources = ("tokens", "input", "output", "calls", "reasoning") if kind != TINY else ("tokens", "output")
+    for resource in resources:
         for limit in limits:
             for on_exceed in ("degrade", "refuse"):
                 world = World(method, kind, budget=Budget(**{resource: limit}), on_exceed=on_exceed)
                 try:
-                    answer = await world.ask(
-                        sampling=dataclasses.replace(world.call().sampling, max_tokens=40)
-                    )
+                    answer = await world.ask(sampling=replace(world.call().sampling, max_tokens=40))
                 except BudgetExceeded as error:
                     assert error.resource == resource and error.limit <= limit
                 else:
@@ -192,7 +196,7 @@ async def empty(method: type[Method], kind: str) -> None:
     """An empty call is refused and costs nothing; an empty message is refused or answered."""
     world = World(method, kind)
     with pytest.raises(InvalidInput):
-        await world.ask(messages=(), context=())
+        await world.ask(messages=(), context=None)
     with pytest.raises(InvalidInput):
         await world.pipeline.ask("  ")
     assert not world.entered() and not world.account.held
@@ -217,7 +221,8 @@ async def cancelled(method: type[Method], kind: str) -> None:
         try:
             await task
         except asyncio.CancelledError:
-            assert not midway or world.entered(), "what was produced was not settled"
+            # the model may not have begun on its prompt: then nothing was produced
+            assert not midway or kind == TINY or world.entered(), "what was produced was not settled"
         assert not world.account.held, f"still held after a cancel at turn {wait}: {world.account.held}"
         before = world.entered()
         await turns(80, kind)
@@ -337,7 +342,7 @@ async def streamed(method: type[Method], kind: str) -> None:
     Spend."""
     world, quiet = World(method, kind), World(method, kind)
     answer, whole = await world.ask(emit=world.emit), await quiet.ask()
-    assert (answer.text, answer.spend, answer.receipts) == (whole.text, whole.spend, whole.receipts)
+    assert (answer.text, answer.spend, told(answer)) == (whole.text, whole.spend, told(whole))
     assert "".join(d.text for d in world.deltas) == answer.text
     assert "".join(d.thinking for d in world.deltas) == answer.thinking
     assert [d.finish for d in world.deltas if d.finish is not None] == [answer.finish]
@@ -350,11 +355,11 @@ async def concurrent(method: type[Method], kind: str) -> None:
     """Calls at the same time through one plan do not mix: each answer is the one it gets alone."""
     together, alone = World(method, kind), World(method, kind)
     seeds = (1, 2, 3)
-    calls = [together.call(sampling=dataclasses.replace(together.call().sampling, seed=s)) for s in seeds]
+    calls = [together.call(sampling=replace(together.call().sampling, seed=s)) for s in seeds]
     answers = await asyncio.gather(*(together.pipeline(c) for c in calls))
     for seed, answer in zip(seeds, answers, strict=True):
-        single = await alone.ask(sampling=dataclasses.replace(alone.call().sampling, seed=seed))
-        assert (answer.text, answer.spend, answer.receipts) == (single.text, single.spend, single.receipts)
+        single = await alone.ask(sampling=replace(alone.call().sampling, seed=seed))
+        assert (answer.text, answer.spend, told(answer)) == (single.text, single.spend, told(single))
     assert sum((a.spend for a in answers), start=type(answers[0].spend)()) == together.entered()
 
 
@@ -372,7 +377,7 @@ async def opened(method: type[Method], kind: str) -> None:
         pass
     answer, called = await branch.finish_up(), await whole.ask()
     assert (answer.text, answer.thinking, answer.finish) == (called.text, called.thinking, called.finish)
-    assert answer.receipts == called.receipts
+    assert told(answer) == told(called)
     assert world.entered() == whole.entered() and not world.account.held
 
 

@@ -1,17 +1,18 @@
 """Where laws are tried: an engine a method can run on, a ledger, one call, and what came of it.
 
-`ENGINES` names the kinds of engine; a method runs on every one that has its needs. The tiny model is a random Llama with
-three layers in the local engine: it says nothing of sense, and spends, forks, streams and is cancelled as any local model
-does. White-box methods run on it; laws of theirs (padding, chunks, kept set) join `law_table.LAWS`.
+`ENGINES` names the kinds of engine; a method runs on every one that has its needs. The tiny model is a random
+Llama with three layers in the local engine: it says nothing of sense, and spends, forks, streams and is
+cancelled as any local model does. White-box methods run on it; laws of theirs (padding, chunks, kept set)
+join `law_table.LAWS`.
 
-`SETTINGS` gives knobs with which a method fires on the call below, where its defaults would not: a law that only ever saw
-a no-op shows nothing, so a method that does not fire fails the table.
-"""
+`SETTINGS` gives knobs with which a method fires on the call below, where its defaults would not: a law that
+only ever saw a no-op shows nothing, so a method that does not fire fails the table."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import importlib.util
 import json
 import sys
 import tempfile
@@ -32,6 +33,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "fixed-k": {"k": 3},
     "truncation": {"tokens": 30},
     "plan-and-budget": {"plan_tokens": 24},
+    "no-thinking": {"unknown": "force"},
 }
 
 FACTS = (
@@ -94,8 +96,10 @@ def tiny_model() -> Any:
 
     from thrifty.engines.local.engine import LocalEngine
 
-    folder = make_folder(Path(tempfile.mkdtemp(prefix="thrifty-laws-")) / "tiny", positions=4096)
-    return LocalEngine.load(folder, dtype="float32", deterministic=True)
+    with tempfile.TemporaryDirectory(prefix="thrifty-laws-") as folder:
+        return LocalEngine.load(
+            make_folder(Path(folder) / "tiny", positions=4096), dtype="float32", deterministic=True
+        )
 
 
 TINY = "tiny model"
@@ -105,11 +109,12 @@ ENGINES: Mapping[str, Callable[[], Any]] = {
     "scripted without branches": lambda: ScriptedEngine(speak, capabilities=PROVIDES - {"branch"}),
     TINY: lambda: Recorded(tiny_model()),
 }
-CAPABLE: Mapping[str, frozenset[str]] = {
+CAPABLE: dict[str, frozenset[str]] = {
     "scripted": PROVIDES,
     "scripted without branches": PROVIDES - {"branch"},
-    TINY: KNOWN["local"] - {"vision"},
 }
+if importlib.util.find_spec("torch"):
+    CAPABLE[TINY] = KNOWN["local"] - {"vision"}
 """What each kind provides, so that the table can be laid out without loading a model."""
 
 
@@ -182,7 +187,7 @@ class World:
 async def turns(n: int, kind: str) -> None:
     """Lets every other task run n times; a model in a thread gets time instead."""
     if kind == TINY:
-        await asyncio.sleep(n / 250)
+        await asyncio.sleep(n / 800)
         return
     for _ in range(n):
         await asyncio.sleep(0)

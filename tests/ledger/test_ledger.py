@@ -260,7 +260,11 @@ async def test_coroutines_threads_and_loops_wait_for_one_group(tmp_path: Path) -
         assert len({id(t) for t in tickets}) < 50, "entries that are queued together share a ticket"
         ticket = tickets[-1]
         threads = [threading.Thread(target=ticket.wait) for _ in range(3)]
-        loops = [threading.Thread(target=asyncio.run, args=(ticket.done(),)) for _ in range(3)]
+
+        async def elsewhere() -> None:
+            await ticket.done()
+
+        loops = [threading.Thread(target=lambda: asyncio.run(elsewhere())) for _ in range(3)]
         for thread in threads + loops:
             thread.start()
         await asyncio.gather(*(t.done() for t in tickets))

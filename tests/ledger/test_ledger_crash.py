@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sqlite3
 import subprocess
 import sys
 import time
@@ -17,15 +18,20 @@ WRITER = Path(__file__).with_name("crash_writer.py")
 KEY = b"k" * 32
 
 
-def run_and_kill(path: Path, name: str, seconds: float) -> list[tuple[str, str]]:
-    """Runs a writer, kills it `seconds` after its first acknowledgement; returns what it acknowledged."""
+def run_and_kill(path: Path, name: str, seconds: float, *, locked: bool = False) -> list[tuple[str, str]]:
+    """Runs a writer, kills it `seconds` after its first acknowledgement; returns what it acknowledged. `locked` keeps
+    it from committing for that time."""
     writer = subprocess.Popen([sys.executable, WRITER, path, name], stdout=subprocess.PIPE)
     assert writer.stdout is not None
     first = writer.stdout.readline()
+    blocker = sqlite3.connect(path, isolation_level=None)
+    if locked:
+        blocker.execute("BEGIN IMMEDIATE")
     time.sleep(seconds)
     writer.kill()
     rest = writer.stdout.read()
     writer.wait()
+    blocker.close()
     lines = (first + rest).decode().split("\n")[:-1]  # a line cut by the kill has no end and is no acknowledgement
     assert lines, "the writer died before its first acknowledgement"
     return [(kind, label) for kind, label in (line.split() for line in lines)]
@@ -66,6 +72,12 @@ def test_a_killed_writer_loses_nothing(tmp_path: Path) -> None:
         with open_ledger(path) as ledger:
             unknown = sum(row.entries for row in ledger.summary("status") if row.key == ("unknown",))
     assert unknown > 0, "no kill hit an open hold: the test shows nothing about orphans"
+
+
+def test_nothing_is_acknowledged_that_waits_for_a_lock(tmp_path: Path) -> None:
+    """The kill comes while a commit waits: an acknowledgement given too early would be found out here."""
+    path = tmp_path / "ledger.db"
+    check_round(path, run_and_kill(path, "locked", 0.3, locked=True), 0)
 
 
 def test_orphans_are_settled_once_though_many_open_at_once(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 import subprocess
 import sys
@@ -72,7 +71,7 @@ print(number + 1)
     assert verify(path).ok
 
 
-def test_a_locked_database(tmp_path: Path) -> None:
+async def test_a_locked_database(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     book = SQLiteLedger(path, busy_seconds=0.05)
     blocker = sqlite3.connect(path, isolation_level=None)
@@ -80,7 +79,7 @@ def test_a_locked_database(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="locked"):
         book.append(make(1)).wait()
     with pytest.raises(LedgerError, match="locked"):
-        asyncio.run(book.append(make(2)).done())
+        await book.append(make(2)).done()
     with pytest.raises(LedgerError, match="locked"):
         book.flush()
     assert [e.spend.input for e in book.unsaved()] == [1, 2]

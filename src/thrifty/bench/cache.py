@@ -13,10 +13,9 @@ if the engine saw the same budget; one that a budget cut short, or that has a de
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from thrifty.bench.key import digest
@@ -26,9 +25,11 @@ from thrifty.context import render
 from thrifty.engine import Embeddings, Engine
 from thrifty.errors import BudgetExceeded, InvalidInput
 from thrifty.hold import Hold
-from thrifty.ledger.entry import NO_LABELS, Entry, HoldRecord, Labels
+from thrifty.ledger.entry import NO_LABELS, Entry, HoldRecord, Labels, Ticket
 from thrifty.resources import amounts_of
 from thrifty.spend import Spend, Work
+
+_NOTHING, _NO_WORK = Spend(), Work()
 
 
 class GenerationCache:
@@ -46,65 +47,49 @@ class Replayed(Labels):
 
 @dataclass
 class Tally:
-    """The ledger of one plan on one example: keeps its entries, and passes on to the run's account what was
-    paid.
-
-    Every generation has an account of its own below the plan's (its path ends in a number), so that an entry
-    finds the hold that was taken for it on the run's account."""
+    """The ledger of one plan on one example: keeps its entries, and knows what the run's account refused."""
 
     run: Account
     entries: list[Entry] = field(default_factory=list)
     refused: BudgetExceeded | None = None
     """set when the run's account, and not the plan's, refused something"""
-    _holds: dict[str, Hold] = field(default_factory=dict)
     _started: int = 0
-
-    # -- as a ledger -----------------------------------------------------------------------------------------
+    _mirrors: list[Hold] = field(default_factory=list)
 
     def append(self, entry: Entry, hold: str | None = None) -> _Done:
-        """Keeps an entry and settles it on the run's account unless it is a replay."""
+        """Keeps an entry."""
         self.entries.append(entry)
-        if not isinstance(entry.labels, Replayed):
-            held = self._holds.pop(entry.account, None) or _nothing_held(self.run)
-            held.record = hold or None
-            held.book(entry.spend, entry.work, estimated=entry.status == "estimated", labels=entry.labels)
         return _Done()
 
     def open_hold(self, record: HoldRecord) -> str:
-        """Writes the hold to the run's ledger, if it has one: a provider bills a call that a crash cuts."""
-        ledger = self.run.ledger
-        return "" if ledger is None else ledger.open_hold(replace(record, account=self.run.path))
+        """Never asked: holds that must survive a crash are written to the run's ledger."""
+        return ""
 
     def drop_hold(self, hold: str) -> None:
-        """Nothing was spent."""
-        if hold and self.run.ledger is not None:
-            self.run.ledger.drop_hold(hold)
+        """See `open_hold`."""
 
-    # -- as the run's cashier --------------------------------------------------------------------------------
-
-    def begin(self, account: Account, ask: Spend) -> Account:
-        """An account for one generation, with `ask` held for it on the run's account. Raises
-        BudgetExceeded."""
+    def paying(self, account: Account) -> Account:
+        """An account below `account` whose holds are taken from the run's account too."""
         self._started += 1
-        own = account.child(str(self._started))
+        own = _Paying(str(self._started), parent=account)
+        own.tally = self
+        return own
+
+    def hold(self, ask: Spend, work: Work, labels: Labels, durable: bool) -> Hold:
+        """The run's share of a hold. Raises BudgetExceeded, and remembers it."""
         try:
-            self._holds[own.path] = self.run.hold(ask)
+            mirror = self.run.hold(ask, work, labels=labels, durable=durable)
         except BudgetExceeded as error:
             self.refused = self.refused or error
             raise
-        return own
-
-    def end(self, account: Account) -> None:
-        """The generation is over; what it did not settle is given back to the run's account."""
-        hold = self._holds.pop(account.path, None)
-        if hold is not None:
-            hold.release()
+        self._mirrors.append(mirror)
+        return mirror
 
     def close(self) -> None:
-        """Ends every generation that is still open."""
-        for hold in self._holds.values():
-            hold.release()
-        self._holds.clear()
+        """Gives back to the run's account what no engine has settled."""
+        for mirror in self._mirrors:
+            mirror.release()
+        self._mirrors.clear()
 
     # -- sums ------------------------------------------------------------------------------------------------
 
@@ -127,6 +112,60 @@ class Tally:
         for entry in self.entries:
             roles[entry.labels.role] = roles.get(entry.labels.role, Spend()) + entry.spend
         return roles
+
+
+class _Paying(Account):
+    """The account of one generation: a leaf below the plan's account that the run's account pays for too."""
+
+    tally: Tally
+
+    def hold(
+        self,
+        ask: Spend = _NOTHING,
+        work: Work = _NO_WORK,
+        *,
+        keep: int = 0,
+        labels: Labels = NO_LABELS,
+        durable: bool = False,
+    ) -> Hold:
+        mirror = self.tally.hold(ask, work, labels, durable)
+        try:
+            hold = super().hold(ask, work, keep=keep, labels=labels)
+        except BaseException:
+            mirror.release()
+            raise
+        both = _Both(**{f.name: getattr(hold, f.name) for f in fields(hold)})
+        both.mirror, both.tally = mirror, self.tally
+        return both
+
+
+class _Both(Hold):
+    """A hold on the plan's account and its mirror on the run's: they grow, settle and are released together."""
+
+    mirror: Hold
+    tally: Tally
+
+    def grow(self, ask: Spend = _NOTHING, work: Work = _NO_WORK, *, keep: int | None = None) -> None:
+        super().grow(ask, work, keep=keep)
+        try:
+            self.mirror.grow(ask, work)
+        except BudgetExceeded as error:  # the plan's part stays held: this result will be dropped
+            self.tally.refused = self.tally.refused or error
+            raise
+
+    def book(
+        self, actual: Spend, work: Work = _NO_WORK, *, estimated: bool = False, labels: Labels | None = None
+    ) -> tuple[Entry, Ticket | None]:
+        booked = super().book(actual, work, estimated=estimated, labels=labels)
+        mirror = self.mirror
+        if mirror.closed:  # the example was over before its engine settled: what was spent is settled still
+            mirror = Hold(mirror.account, amounts_of(_NOTHING, _NO_WORK), 0, self.labels, self.opened)
+        mirror.book(actual, work, estimated=estimated, labels=labels or self.labels)
+        return booked
+
+    def release(self) -> None:
+        super().release()
+        self.mirror.release()
 
 
 class CachingEngine:
@@ -172,12 +211,7 @@ class CachingEngine:
 
     async def open(self, call: Call) -> Branch:
         """As the engine. What the branch and its forks settle is counted; it is not shared."""
-        own = self.tally.begin(call.account, self._ask(call))
-        try:
-            return await self.inner.open(replace(call, account=own))
-        except BaseException:
-            self.tally.end(own)
-            raise
+        return await self.inner.open(replace(call, account=self.tally.paying(call.account)))
 
     async def advance(self, branches: Sequence[Branch], until: Until | int) -> None:
         """As the engine."""
@@ -187,11 +221,7 @@ class CachingEngine:
         """As the engine, or replayed."""
 
         async def fresh() -> Embeddings:
-            own = self.tally.begin(account, Spend())
-            try:
-                return await self.inner.embed(texts, own, labels)
-            finally:
-                self.tally.end(own)
+            return await self.inner.embed(texts, self.tally.paying(account), labels)
 
         key = self._key("embed", {"texts": list(texts), "room": account.remaining()})
         embeddings: Embeddings = await self._shared(
@@ -234,11 +264,7 @@ class CachingEngine:
                 self.cache.entries.pop(key, None)
 
     async def _generate(self, call: Call) -> Answer:
-        own = self.tally.begin(call.account, self._ask(call))
-        try:
-            return await self.inner.generate(replace(call, account=own))
-        finally:
-            self.tally.end(own)
+        return await self.inner.generate(replace(call, account=self.tally.paying(call.account)))
 
     def _replay(self, shared: _Shared, call: Call) -> Answer | None:
         if self._charged(shared, call.account, call.labels, call.keep) is None:
@@ -258,17 +284,6 @@ class CachingEngine:
         names = asdict(replace(labels, engine=self.name, model=self.model))
         hold.book(shared.spend, shared.work, labels=Replayed(**names))
         return True
-
-    def _ask(self, call: Call) -> Spend:
-        """What one generation can take, for the run's account; counting is skipped where that has no
-        limit."""
-        if not self.tally.run.remaining():
-            return Spend()
-        output = call.sampling.max_tokens or 0
-        room = call.account.room("output")
-        return Spend(
-            input=self.inner.count(call), output=int(output if room is None else min(output, room)), calls=1
-        )
 
     def _call_key(self, call: Call) -> str | None:
         """None for a call with fields that JSON cannot hold: it is not shared."""
@@ -322,11 +337,6 @@ def _freeze(answer: Answer, call: Call) -> _Shared | None:
     if answer.finish in ("budget", "cancelled", "error") or answer.receipts[:passed] != call.receipts:
         return None
     return _Shared(answer, answer.spend, answer.work, answer.receipts[passed:])
-
-
-def _nothing_held(account: Account) -> Hold:
-    """For what must be settled although nothing was held for it, such as a fork: never refused."""
-    return Hold(account, amounts_of(Spend(), Work()), 0, NO_LABELS, time.time_ns())
 
 
 def _has_deadline(account: Account | None) -> bool:

@@ -11,11 +11,12 @@ import gzip
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from thrifty.bench.head import model_of
 from thrifty.bench.store import Contents, Result, encode
 from thrifty.errors import InvalidInput
 
@@ -69,14 +70,6 @@ def pack(contents: Contents) -> bytes:
         for line in encode(contents.results, contents.heads):
             packed.write(line)
     return buffer.getvalue()
-
-
-def model_of(heads: Iterable[Mapping[str, Any]], engine: str) -> str:
-    """The answering model's name, with its dtype; the engine's digest where no head tells."""
-    identity: Mapping[str, Any] = {}
-    for head in heads:
-        identity = head.get("engines", {}).get("answer", identity)
-    return " ".join(str(identity[k]) for k in ("model", "dtype") if identity.get(k)) or engine
 
 
 def file_name(text: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from thrifty.bench import stats
+from thrifty.bench.head import model_of
 from thrifty.bench.row import LEVEL, POWER, Row, check_axis, example_of, groups_of, row_of, value
 from thrifty.bench.run import Outcome, run
 from thrifty.bench.stats import Interaction, Interval
@@ -219,7 +220,7 @@ def _frontier(
     area = stats.frontier_area(scores, costs, costs[0]) if costs[0] > 0 else None
     return Frontier(
         suite=suite,
-        model=_model(heads, engine),
+        model=model_of(heads, engine),
         engine=engine,
         axis=axis,
         rows=tuple(rows),
@@ -291,14 +292,6 @@ def _stack(
     score = stats.interaction(points[0], points[1], points[2], points[3], rng, groups=groups)
     spent = stats.interaction(costs[0], costs[1], costs[2], costs[3], rng, groups=groups)
     return Stack(names[0], names[1], names[2], score, spent)
-
-
-def _model(heads: Sequence[Mapping[str, Any]], engine: str) -> str:
-    for head in reversed(heads):
-        identity = head.get("engines", {}).get("answer")
-        if isinstance(identity, Mapping):
-            return " ".join(str(identity[k]) for k in ("model", "dtype") if identity.get(k))
-    return engine
 
 
 def _finite(number: float) -> float | None:

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from thrifty.bench.key import digest
@@ -72,3 +72,11 @@ def changed_settings(sampling: Sampling) -> dict[str, Any]:
     plain = Sampling()
     names = Sampling.__dataclass_fields__
     return {n: v for n in names if (v := getattr(sampling, n)) != getattr(plain, n)}
+
+
+def model_of(heads: Iterable[Mapping[str, Any]], engine: str) -> str:
+    """The answering model's name, with its dtype; the engine's digest where no head tells."""
+    identity: Mapping[str, Any] = {}
+    for head in heads:
+        identity = head.get("engines", {}).get("answer", identity)
+    return " ".join(str(identity[k]) for k in ("model", "dtype") if identity.get(k)) or engine

@@ -229,7 +229,7 @@ def _value(value: Any) -> str:
         items = "".join(f"<li><b>{_e(str(k))}</b> {_value(v)}</li>" for k, v in value.items())
         return f"<ul>{items}</ul>"
     if isinstance(value, list):
-        return _e(", ".join(str(v) for v in value))
+        return _e(", ".join(json.dumps(v, ensure_ascii=False) for v in value))
     return _e(str(value))
 
 

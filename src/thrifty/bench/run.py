@@ -83,7 +83,9 @@ class Outcome:
             parts.append(f"{self.refused} refused by a budget")
         if self.failed:
             parts.append(f"{self.failed} failed and run again next time")
-        parts.append(f"{self.incurred.tokens:,} tokens paid, {self.spend.tokens:,} without sharing")
+        parts.append(f"{self.incurred.tokens:,} tokens paid")
+        if self.shared:
+            parts.append(f"{self.spend.tokens:,} without sharing")
         parts.append(f"{self.seconds:.0f} s")
         if self.stopped:
             parts.append(f"stopped: {self.stopped}")
@@ -128,9 +130,8 @@ async def run(
     """Makes the missing results of plans x tasks x seeds x samples.
 
     `sampling` is what every call starts with (a task's max_tokens and the seed are filled in). `account` is
-    that of the whole run; give it a Budget to stop within. It is checked before every generation and branch;
-    forks of a branch in flight are counted when they settle. `keep_text` keeps what the model wrote.
-    `command` is told in reports.
+    that of the whole run; give it a Budget to stop within. `keep_text` keeps what the model wrote. `command`
+    is told in reports.
 
     Raises InvalidInput for plans or tasks that cannot be told apart, PlanError for a plan that the engines
     cannot run, EngineError when an engine fails many times in a row. Cancelling it loses nothing that was
@@ -291,7 +292,7 @@ class _Bench:
             task.messages,
             account,
             tools=task.tools,
-            context=task.context,
+            context=task.context or None,
             prefix=task.prefix,
             sampling=sampling,
         )

@@ -63,8 +63,8 @@ SUITES: Mapping[str, Suite] = {
             about="needles with known answers in contexts of 500 to 4,000 tokens",
             axis="usd",
             tasks="needles",
-            n=36,
-            quick=8,
+            n=32,
+            quick=6,
             # One line is the answer: without a stop the model repeats itself, and a ramble may name the gold by chance.
             sampling=Sampling(stop=("\n",)),
             max_tokens=64,
@@ -74,8 +74,8 @@ SUITES: Mapping[str, Suite] = {
             about="short sums that a model of 135M parameters can sometimes do, at most 96 new tokens",
             axis="usd",
             tasks="arithmetic",
-            n=24,
-            quick=4,
+            n=20,
+            quick=3,
         ),
     )
 }

@@ -114,7 +114,7 @@ class Shape:
                 if not self._until_close():
                     return None
                 continue
-            marks = (self.tags[0],) if self.tags else ()
+            marks: tuple[str, ...] = (self.tags[0],) if self.tags else ()
             if not self.drafting:
                 marks += self.stop
             at, mark = _first(self._pending, marks)

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from thrifty.call import Answer, Call, Delta, Finish, Receipt, Sampling
+from thrifty.call import Answer, Branch, Call, Delta, Finish, Receipt, Sampling
 from thrifty.engines.finishing import ANSWER_ROOM, THINK, Ending, Pieces, Shape, Shown
 from thrifty.engines.settling import Tab
 from thrifty.engines.verdicts import decide, policy_receipts
@@ -137,7 +137,7 @@ class Generation:
 
     def judge(self, token: int) -> tuple[Verdict, str]:
         """The policies' verdict about the token just taken, and whose it is."""
-        return decide(self.policies, self, token, self._overruled) if self.policies else (CONTINUE, "")
+        return decide(self.policies, cast(Branch, self), token, self._overruled) if self.policies else (CONTINUE, "")
 
     def apply(self, verdict: Verdict) -> list[int]:
         """Acts on a verdict, an end of the draft or an end of the answer; returns the token ids to force now.
@@ -225,7 +225,7 @@ class Generation:
         self.shape.end(rest)
         if self.tool_calls and not self.tab.cover_tools(len(self.tool_calls)):
             self.tool_calls, self.finish = (), "budget"
-        self.receipts.extend(policy_receipts(self.policies, self, self._overruled, self._asides))
+        self.receipts.extend(policy_receipts(self.policies, cast(Branch, self), self._overruled, self._asides))
         if self.finish == "budget":
             self.receipts.append(self.tab.receipt(self.limit, self.output))
         self.tab.settle(self.spend, self.work)
@@ -298,7 +298,7 @@ class Generation:
 
 def labels_for(call: Call, name: str, model: str, prices: Any) -> Labels:
     """The call's labels with the engine's own part filled in."""
-    table = "" if prices is None else str(getattr(prices, "name", type(prices).__name__))
+    table = "" if prices is None else str(getattr(prices, "label", type(prices).__name__))
     return replace(call.labels, engine=name, model=model, prices=table)
 
 

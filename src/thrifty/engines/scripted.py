@@ -20,84 +20,29 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from thrifty.budget import Account
-from thrifty.call import Answer, Branch, Call, Finish, Message, Receipt, Until, text_of
+from thrifty.call import Answer, Branch, Call, Message, Receipt, Until, text_of
 from thrifty.context import render
 from thrifty.engine import CAPABILITIES, Embeddings
 from thrifty.engines.generation import Generation, check_call, labels_for
+from thrifty.engines.script import Draw, Reply, Script, Words
 from thrifty.engines.settling import TRANCHE, Prices, Tab
 from thrifty.errors import BudgetExceeded, EngineError, InvalidInput, Unsupported, nearest
 from thrifty.ledger.entry import Labels
 from thrifty.policy import CONTINUE, DecodePolicy, Feed, Probe, Verdict
 from thrifty.spend import Spend, Work
 
+__all__ = ["IMAGE_TOKENS", "PROVIDES", "Draw", "Reply", "Script", "ScriptedBranch", "ScriptedEngine", "Words"]
+
 PROVIDES: frozenset[str] = frozenset({"text", "sampling", "logprobs", "embed", "continue", "branch"})
 """What a scripted engine provides unless told otherwise."""
 
 IMAGE_TOKENS = 16
 """Visual tokens that one image counts as."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """One scripted answer."""
-
-    text: str = ""
-    thinking: str = ""
-    tool_calls: tuple[Mapping[str, Any], ...] = ()
-    finish: Finish = "stop"
-    raw: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Draw(random.Random):
-    """What a script draws from: a generator seeded by the call and its seed; `index` counts how often this engine was
-    asked for the same messages before, so samples can differ without a seed."""
-
-    def __init__(self, seed: int, index: int) -> None:
-        super().__init__(seed)
-        self.index = index
-
-
-Script: TypeAlias = (
-    str
-    | Reply
-    | Callable[[Call, Draw], "str | Reply"]
-    | Mapping[str, "str | Reply"]
-    | Sequence["str | Reply"]
-)
-"""A reply to everything; a function of the rendered call; replies by a substring of the rendered messages and prefix
-(the first that fits, "" fits all); or replies given out in order."""
-
-
-class Words:
-    """A reversible tokenizer: a token is a word with the white space before it, its id a hash of it."""
-
-    ends: frozenset[int] = frozenset()
-
-    def __init__(self) -> None:
-        self._words: dict[int, str] = {}
-
-    def split(self, text: str) -> list[str]:
-        """The words of a text; joined, they are the text."""
-        return re.findall(r"\s*\S+|\s+", text)
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
-        return [self.number(word) for word in self.split(text)]
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids that this object gave out."""
-        return "".join(self._words[token] for token in tokens)
-
-    def number(self, word: str) -> int:
-        """The id of one word: 48 bits of its hash, the same in every process."""
-        token = int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=6).digest())
-        self._words[token] = word
-        return token
 
 
 class ScriptedEngine:
@@ -266,7 +211,7 @@ class ScriptedEngine:
         if isinstance(script, (str, Reply)):
             found: str | Reply = script
         elif callable(script):
-            found = script(replace(call, messages=render(call), context=()), draw)
+            found = script(replace(call, messages=render(call), context=None), draw)
         elif isinstance(script, Mapping):
             text = "\n".join(text_of(m) for m in render(call)) + "\n" + (call.prefix or "")
             match = next((key for key in script if key in text), None)
@@ -305,6 +250,8 @@ class ScriptedBranch(Generation):
         """Draws the script's next word; None when the branch has ended."""
         if self.finish is None and self._at >= len(self._words):
             self._used_up()
+        if self._thinking_words and self.finish is None:
+            self._think(self._at < self._thinking_words)  # before the hold: a thinking token is held as one
         if not self.may_draw():
             return None
         await asyncio.sleep(self.engine.delay)
@@ -312,8 +259,6 @@ class ScriptedBranch(Generation):
             return None  # closed while it waited
         if self.engine.fail_after is not None and self.output >= self.engine.fail_after:
             raise EngineError(f"scripted failure after {self.output} tokens")
-        if self._thinking_words:
-            self._think(self._at < self._thinking_words)
         word = self._words[self._at]
         self._at += 1
         token = self.codec.encode(word)[0]

@@ -5,7 +5,7 @@ This module is the part of the ledger that budgets know. It opens no file and im
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -66,8 +66,8 @@ class Ticket(Protocol):
     def wait(self) -> None:
         """Blocks until the commit. Raises LedgerError when it failed."""
 
-    async def done(self) -> None:
-        """`wait` for coroutines."""
+    def done(self) -> Awaitable[None]:
+        """`wait` for coroutines: to be awaited once, on the event loop where it was called."""
 
 
 class LedgerLike(Protocol):

@@ -38,22 +38,22 @@ class GroupTicket:
     def wait(self) -> None:
         """Blocks until the commit. Raises LedgerError when it failed."""
         self._event.wait()
-        self._raise()
+        if self._error is not None:
+            raise _failure(self._error)
 
-    async def done(self) -> None:
-        """`wait` for coroutines."""
-        if not self._finished:
-            loop = asyncio.get_running_loop()
-            future: asyncio.Future[None] = loop.create_future()
-            waiting = self._waiting.get(loop)
-            if waiting is None:
-                with self._lock:
-                    waiting = self._waiting.setdefault(loop, [])
-            waiting.append(future)
-            # `finish` sets the flag before it looks at the list: one of the two sees the other.
-            if not self._finished:
-                await future
-        self._raise()
+    def done(self) -> asyncio.Future[None]:
+        """`wait` for coroutines: a future of the running loop. Each caller has its own, so cancelling one harms no
+        other."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        waiting = self._waiting.get(loop)
+        if waiting is None:
+            with self._lock:
+                waiting = self._waiting.setdefault(loop, [])
+        waiting.append(future)
+        if self._finished:  # `finish` sets this before it looks at the list: one of the two sees the other
+            self._resolve([future])
+        return future
 
     def finish(self, error: BaseException | None = None) -> None:
         """Wakes all who wait: threads by the event, each event loop by one callback."""
@@ -64,19 +64,26 @@ class GroupTicket:
         self._event.set()
         for loop, futures in waiting:
             try:
-                loop.call_soon_threadsafe(_wake, futures)
+                loop.call_soon_threadsafe(self._resolve, futures)
             except RuntimeError:  # the loop was closed: nobody waits on it any more
                 continue
 
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise LedgerError(f"not committed yet, kept for the next commit: {self._error}") from self._error
+    def _resolve(self, futures: list[asyncio.Future[None]]) -> None:
+        """Runs on the futures' own loop."""
+        error = self._error
+        for future in futures:
+            if future.done():  # cancelled
+                continue
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(_failure(error))
 
 
-def _wake(futures: list[asyncio.Future[None]]) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_result(None)
+def _failure(cause: BaseException) -> LedgerError:
+    error = LedgerError(f"not committed yet, kept for the next commit: {cause}")
+    error.__cause__ = cause
+    return error
 
 
 @dataclass(slots=True)

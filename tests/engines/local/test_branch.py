@@ -144,6 +144,18 @@ async def test_eight_forks_of_a_prompt_bill_it_as_the_contract_says(tiny_engine:
     assert call.account.held == {}
 
 
+async def test_a_fork_outlives_the_branches_before_it(tiny_engine: LocalEngine, stock: Any) -> None:
+    first = await tiny_engine.open(ask("x"))
+    prompt = tiny_engine.prompter(first.call).tokens
+    second = first.fork()
+    third = second.fork()
+    second.close()
+    first.close()
+    assert await third.step() == int(stock_logits(stock, prompt).argmax())
+    assert await third.step() == int(stock_logits(stock, [*prompt, *third.tokens[:1]]).argmax())
+    third.close()
+
+
 async def test_a_later_fork_is_billed_for_all_that_it_shares(tiny_engine: LocalEngine) -> None:
     branch = await tiny_engine.open(ask("x"))
     n = branch.spend.input

@@ -1,4 +1,4 @@
-"""Images through the whole engine, on a tiny random LLaVA: against the stock model, and with half the tokens dropped."""
+"""Images through the whole engine, on a tiny random LLaVA: against the stock model, and with half of them dropped."""
 
 from __future__ import annotations
 

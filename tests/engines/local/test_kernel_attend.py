@@ -171,3 +171,13 @@ def test_a_model_called_without_its_runner_says_so() -> None:
 
     with pytest.raises(Unsupported, match="through its Runner"):
         thrifty_attention(SimpleNamespace(), torch.zeros(1), torch.zeros(1), torch.zeros(1), None)
+
+
+def test_few_queries_over_many_keys_in_bf16() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 2500, 16), torch.randn(1, 2, 2500, 16)
+    q, k, v = (t.bfloat16() for t in (q, k, v))
+    out, lse = dense(q, k, v, 0.25)
+    logits = 0.25 * q.double() @ k.double().transpose(-1, -2)
+    assert (out.double() - logits.softmax(-1) @ v.double()).abs().max() < 2e-2
+    assert (lse.double() - logits.logsumexp(-1)).abs().max() < 2e-2

@@ -9,6 +9,7 @@ import tiny_models as tiny
 import torch
 from torch import Tensor
 
+from thrifty.engines.local.kv import Store, Tails
 from thrifty.engines.local.load import attach
 from thrifty.engines.local.runner import Row, Runner
 from thrifty.errors import InvalidInput
@@ -182,3 +183,23 @@ def test_bytes_are_counted_once_where_shared(llama: Runner) -> None:
         s.close()
         s.close()
     assert llama.nbytes([store, *forks]) == 0
+
+
+@pytest.mark.parametrize("shapes", [[(2, 4, 4), (2, 4, 4)], [(2, 4, 4), (1, 4, 6)], [(2, 4, 6), (1, 8, 8)]])
+def test_a_fork_copies_the_tail_of_layers_alike_or_not(shapes: list[tuple[int, int, int]]) -> None:
+    store = Store(Tails(2, torch.device("cpu"), slots=2))
+    page, slot = store.open_tail().page, store.open_tail().index
+    for layer, (heads, width, value_width) in enumerate(shapes):
+        page.allocate(layer, heads, width, value_width, torch.zeros(1))
+        page.keys[layer][slot].normal_()
+        page.values[layer][slot].normal_()
+    store.tail = 5
+    twin = store.fork()
+    fork_of_twin = Store(store.tails).fork()
+    assert fork_of_twin.length() == 0
+    for layer, (heads, width, value_width) in enumerate(shapes):
+        keys, values, _, _ = twin.snapshot(layer)
+        assert keys.shape == (heads, 5, width) and values.shape == (heads, 5, value_width)
+        assert all(torch.equal(a, b) for a, b in zip(twin.snapshot(layer)[:3], store.snapshot(layer)[:3], strict=True))
+        page.keys[layer][slot].zero_()
+        assert bool(twin.snapshot(layer)[0].any())

@@ -181,9 +181,10 @@ async def test_fewer_rows_race_when_the_budget_holds_no_more() -> None:
     answer = await ask(pipeline, account)
     assert answer.text == words(8) and answer.spend.input == 6
     assert "no more than 2 of 4" in answer.receipts[-1].reason
-    _, strict, account = world(rows, Budget(input=6), "refuse")
-    answer = await ask(strict, account)
-    assert answer.spend.input <= 6
+    engine, strict, account = world(rows, Budget(input=6), "refuse")
+    with pytest.raises(BudgetExceeded):
+        await ask(strict, account)
+    assert account.settled.input == 6 and not account.held and all(b.closed for b in engine.branches)
 
 
 async def test_refuse_raises_when_a_fork_does_not_fit() -> None:

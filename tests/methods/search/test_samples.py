@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -129,6 +130,10 @@ def call_on(budget: Budget, script: str = "one two three", **engine: object) -> 
 )
 def test_how_many_samples_of_ten_tokens_fit(budget: Budget, fits: int) -> None:
     assert how_many_fit(call_on(budget), 8, 10) == fits
+
+
+def test_a_plan_that_refuses_asks_for_all() -> None:
+    assert how_many_fit(replace(call_on(Budget(calls=1)), on_exceed="refuse"), 8) == 8
 
 
 def test_shares_are_equal_and_come_back() -> None:

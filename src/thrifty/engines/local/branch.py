@@ -10,11 +10,9 @@ those of the position after all others, and then nothing is pending; a closed br
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +20,7 @@ from torch import Tensor
 from thrifty.call import Answer, Call, Receipt
 from thrifty.engines.generation import Generation
 from thrifty.engines.local import sampling
+from thrifty.engines.local.family import Family
 from thrifty.engines.local.kv import BLOCK, Store
 from thrifty.engines.local.prompt import Prompt, pixels
 from thrifty.engines.local.runner import Output, Row
@@ -44,47 +43,6 @@ from thrifty.spend import Spend, Work
 
 if TYPE_CHECKING:
     from thrifty.engines.local.engine import LocalEngine
-
-
-class Family:
-    """The KV memory of branches that share segments: claimed on their account before it is taken."""
-
-    def __init__(self, engine: LocalEngine, account: Any) -> None:
-        self.engine, self.account = engine, account
-        self.members: list[LocalBranch] = []
-        self.claimed = 0
-        self.peak = 0
-        self._lock = threading.Lock()
-
-    def claim(self, nbytes: int) -> None:
-        """Takes memory, or raises BudgetExceeded for `kv_bytes_peak`."""
-        with self._lock:
-            self.account.claim(nbytes)
-            self.claimed += nbytes
-            self.peak = max(self.peak, self.claimed)
-
-    def join(self, branch: LocalBranch) -> None:
-        with self._lock:
-            self.members.append(branch)
-
-    def leave(self, branch: LocalBranch) -> None:
-        """A closed branch goes; with the last one all memory is given back."""
-        with self._lock:
-            if branch in self.members:
-                self.members.remove(branch)
-            if not self.members:
-                self.account.claim(-self.claimed)
-                self.claimed = 0
-
-    def measure(self) -> None:
-        """Sets what is claimed to what is held. On the model's thread. Raises BudgetExceeded."""
-        with self._lock:
-            if not self.members:
-                return
-            held = self.engine.runner.nbytes([m.store for m in self.members if m.store is not None])
-            self.account.claim(held - self.claimed)
-            self.claimed = held
-            self.peak = max(self.peak, held)
 
 
 class LocalBranch(Generation):
@@ -192,10 +150,11 @@ class LocalBranch(Generation):
     # -- the model's thread ------------------------------------------------------------------------------------
 
     def copy_store(self) -> None:
-        """Takes the parent's cache: segments by reference, the open tail copied."""
+        """Takes the parent's cache: segments by reference, the open tail copied. Also for a branch that was closed
+        meanwhile, because forks of it may be waiting for theirs; it is freed after them."""
         with self.lock:
             parent, self._parent = self._parent, None
-            if self.closed or parent is None:
+            if parent is None:
                 return
             if parent.store is None:
                 self.failure = EngineError("the branch that this one was forked from has failed: open a new one")
@@ -275,23 +234,20 @@ class LocalBranch(Generation):
             if output.evicted or (store is not None and store.tail <= output.written):
                 self._measure()
 
-    def shaped(self) -> Tensor:
-        """The logits [V] to draw from: float32, after this branch's policies. Raises EngineError when not finite."""
-        if self.logits is None:
-            raise EngineError("no logits to draw from")
-        logits = self.logits.float()
-        if not bool(torch.isfinite(logits).all()):
-            raise EngineError(
-                f"model {self.engine.model} gave logits that are not finite ({self.engine.dtype}): try dtype 'float32'"
-            )
+    def shape_logits(self, logits: Tensor, finite: bool) -> None:
+        """Lets this branch's policies change logits [V], float32, in place. Raises EngineError for unusable ones."""
+        if not finite:
+            model, dtype = self.engine.model, self.engine.dtype
+            raise EngineError(f"model {model} gave logits that are not finite ({dtype}): try dtype 'float32'")
         if self.changers:
-            logits = logits.clone()
+            new = logits
             for policy in self.changers:
-                logits = policy.logits(self, logits)
-            if bool(torch.isnan(logits).any()) or not bool((logits > -torch.inf).any()):
+                new = policy.logits(self, new)
+            if new is not logits:
+                logits.copy_(new)
+            if not bool(torch.isfinite(logits.amax())):
                 names = ", ".join(p.method or type(p).__name__ for p in self.changers)
                 raise EngineError(f"decode policies ({names}) left no token to draw: leave at least one finite logit")
-        return logits
 
     def drew(self, token: int, logprob: float, logits: Tensor) -> Probe | None:
         """Records a drawn token and what follows from it. A probe that must run first is returned."""
@@ -449,26 +405,3 @@ class LocalBranch(Generation):
         if output.logits is None:
             raise EngineError("the model gave no logits")
         return output.logits[-1]
-
-
-Told = Callable[["BaseException | None"], None]
-
-
-async def told(start: Callable[[Told], None]) -> None:
-    """Waits in the running loop until what `start` began tells its end; raises what it tells. From any thread."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-
-    def resolve(error: BaseException | None) -> None:
-        if not future.done():
-            if error is None:
-                future.set_result(None)
-            else:
-                future.set_exception(error)
-
-    def tell(error: BaseException | None) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(resolve, error)
-
-    start(tell)
-    await future

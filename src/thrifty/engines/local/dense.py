@@ -2,10 +2,13 @@
 
 `dense` attends to every key (less what a bias hides), `causal` to the keys up to the query's own. On a CPU they call
 torch's flash kernel, whose operator returns the log-sum-exp; where that kernel cannot (a soft cap, keys and values of
-different widths, another device) plain matrix products in fp32 do the same.
+different widths, another device) plain matrix products in fp32 do the same. For few bf16 queries over many keys, bf16
+products with an fp32 softmax are faster than the flash kernel, and no less exact beside fp32 (measured on SmolLM2).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +16,10 @@ from torch import Tensor
 HIDDEN = -1e30
 """The bias that hides a key. Finite, so that a row without any visible key has a tiny weight and not a NaN."""
 
-_flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+FEW, MANY = 8, 2048
+"""At most this many queries over at least this many keys are bf16 matrix products."""
+
+_flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 def dense(
@@ -33,6 +39,8 @@ def dense(
     ([2.0, 3.0], 1.0986)
     """
     if softcap is None and _fast(queries, keys, values):
+        if bias is None and queries.dtype == torch.bfloat16 and queries.shape[2] <= FEW and keys.shape[2] >= MANY:
+            return _products(queries, keys, values, scale)
         out, lse = _flash(queries, keys, values, 0.0, False, attn_mask=bias, scale=scale)
         return out, lse
     return _plain(queries, keys, values, scale, bias, softcap)
@@ -69,6 +77,14 @@ def _fast(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
         and keys.shape[-1] == values.shape[-1]
         and queries.stride(-1) == keys.stride(-1) == values.stride(-1) == 1
     )
+
+
+def _products(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    logits = torch.matmul(queries, keys.transpose(-1, -2)).float().mul_(scale)
+    top = logits.amax(-1, keepdim=True)
+    weights = logits.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return torch.matmul(weights.to(values.dtype), values) / total, (total.log() + top)[..., 0]
 
 
 def _plain(

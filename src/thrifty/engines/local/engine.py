@@ -29,14 +29,16 @@ from thrifty.engine import Embeddings
 from thrifty.engines.finishing import THINK
 from thrifty.engines.generation import check_call, labels_for
 from thrifty.engines.local import embedded
-from thrifty.engines.local.branch import Family, LocalBranch
+from thrifty.engines.local.branch import LocalBranch
 from thrifty.engines.local.embedder import Embedder
+from thrifty.engines.local.family import Family
 from thrifty.engines.local.kv import BLOCK
 from thrifty.engines.local.load import load as load_runner
 from thrifty.engines.local.prompt import Prompt, Prompter, TextCodec, ends_of, eyes_of
 from thrifty.engines.local.runner import Runner
 from thrifty.engines.local.sampling import Sampler
-from thrifty.engines.local.scheduler import Scheduler, Turn
+from thrifty.engines.local.scheduler import FOREVER, Scheduler
+from thrifty.engines.local.turns import Turn, call_in
 from thrifty.engines.settling import TRANCHE, Prices, Tab
 from thrifty.errors import EngineError, InvalidInput, Unsupported
 from thrifty.ledger.entry import Labels
@@ -142,7 +144,7 @@ class LocalEngine:
             branch, prompt = self._begin(call, opened=False)
             await self._prefill(branch, prompt)
             if call.emit is None:
-                await self.scheduler.drawn([branch], 2**62)
+                await self.scheduler.drawn([branch], FOREVER)
             else:
                 await self._stream(branch, call)
         except BaseException as error:
@@ -246,8 +248,7 @@ class LocalEngine:
         fresh = asyncio.Event()
 
         def ping() -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(fresh.set)
+            call_in(loop, fresh.set)
 
         failures: list[BaseException] = []
 

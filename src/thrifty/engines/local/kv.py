@@ -95,15 +95,24 @@ class Page:
         self.number = number
         self.keys: list[Tensor] = [_NOTHING] * layers
         self.values: list[Tensor] = [_NOTHING] * layers
+        self.whole: Tensor | None = None  # [2, L, slots, H_kv, BLOCK, D]: keys and values of layers that are alike
+        self.mixed = False
         self.positions = torch.zeros(slots, BLOCK, dtype=torch.int64, device=device)
         self.slots = slots
         self.free = list(range(slots - 1, -1, -1))
 
     def allocate(self, layer: int, heads: int, width: int, value_width: int, like: Tensor) -> None:
-        """Make the layer's slabs, if they are not there."""
-        if self.keys[layer] is _NOTHING:
-            self.keys[layer] = like.new_zeros(self.slots, heads, BLOCK, width)
-            self.values[layer] = like.new_zeros(self.slots, heads, BLOCK, value_width)
+        """Make the layer's slabs, if they are not there: views of one tensor where all layers are alike."""
+        if self.keys[layer] is not _NOTHING:
+            return
+        layers, shape = len(self.keys), (self.slots, heads, BLOCK)
+        if self.whole is None and not self.mixed and width == value_width:
+            self.whole = like.new_zeros(2, layers, *shape, width)
+        if self.whole is not None and self.whole.shape[2:] == (*shape, width) and width == value_width:
+            self.keys[layer], self.values[layer] = self.whole[0, layer], self.whole[1, layer]
+        else:
+            self.whole, self.mixed = None, True
+            self.keys[layer], self.values[layer] = like.new_zeros(*shape, width), like.new_zeros(*shape, value_width)
 
     def slot_nbytes(self) -> int:
         """Bytes of one slot over all layers."""
@@ -336,8 +345,11 @@ def _copy_tail(source: Slot, target: Slot, n: int) -> None:
     new.positions[j, :n] = old.positions[i, :n]
     for layer, (keys, values) in enumerate(zip(old.keys, old.values, strict=True)):
         new.allocate(layer, keys.shape[1], keys.shape[3], values.shape[3], keys)
-        new.keys[layer][j, :, :n] = keys[i, :, :n]
-        new.values[layer][j, :, :n] = values[i, :, :n]
+        if old.whole is None or new.whole is None:
+            new.keys[layer][j, :, :n] = keys[i, :, :n]
+            new.values[layer][j, :, :n] = values[i, :, :n]
+    if old.whole is not None and new.whole is not None:
+        new.whole[:, :, j, :, :n] = old.whole[:, :, i, :, :n]
 
 
 def _copied(value: Any) -> Any:

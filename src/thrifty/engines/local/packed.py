@@ -13,6 +13,7 @@ vectors, masks) is made once, not per layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from thrifty.engines.local.attend import Piece, Spec
-from thrifty.engines.local.dense import HIDDEN, causal, dense, hide
+from thrifty.engines.local.dense import FEW, HIDDEN, MANY, causal, dense, hide
 from thrifty.engines.local.kv import Page, Segment, Store
 
 Partial = tuple[Tensor, Tensor]
@@ -131,8 +132,11 @@ class _Shared:
         self._index: Tensor | None = None
         self._asking: Tensor | None = None
         heads = segment.keys[0].shape[0]
-        long = segment.contiguous and alive is None and max(segment.lengths) >= LONG and len(self._own) <= FEW
-        self._parts = _parts(heads) if long and segment.keys[0].device.type == "cpu" else 1
+        self._parts = 1
+        if segment.keys[0].device.type == "cpu" and alive is None and len(self._own) <= FEW:
+            most = MANY if segment.keys[0].dtype == torch.bfloat16 else math.inf
+            if LONG <= max(segment.lengths) < most:
+                self._parts = _parts(heads)
         self.tokens = self._own * self._parts
 
     def run(self, layer: int, grouped: Tensor, spec: Spec) -> Partial:
@@ -208,8 +212,8 @@ class _Shared:
         return bias
 
 
-LONG, FEW = 1024, 8
-"""A segment at least this long is cut into parts when at most this many tokens read it."""
+LONG = 1024
+"""A segment at least this long is cut into parts when few tokens read it."""
 
 
 class _Tails:

@@ -4,8 +4,8 @@ The context is rendered first (`thrifty.context.render`). A tokenizer with a cha
 generation prompt; the prefix follows it as the beginning of the assistant's turn. A tokenizer without a template joins
 the texts of all messages by blank lines, whatever their roles, and the model continues that text.
 
-An image is a content part of type `image` with `pixel_values` [3, H, W] or a PIL `image`, or an `image_url` that holds a
-`data:` URL. Nothing is fetched. It stands in the prompt as one placeholder token, which `Prompt.spread` repeats.
+An image is a content part of type `image` with `pixel_values` [3, H, W] or a PIL `image`, or an `image_url` that holds
+a `data:` URL. Nothing is fetched. It stands in the prompt as one placeholder token, which `Prompt.spread` repeats.
 """
 
 from __future__ import annotations
@@ -125,8 +125,9 @@ class Prompter:
         if not tokens:
             raise InvalidInput("an empty prompt: give at least one message with text")
         holder = self.eyes.holder if self.eyes else None
-        if images and tokens.count(holder) != len(images):
-            raise InvalidInput(f"{len(images)} images for {tokens.count(holder)} times {self.mark!r} in the prompt")
+        marks = sum(token == holder for token in tokens)
+        if images and marks != len(images):
+            raise InvalidInput(f"{len(images)} images for {marks} times {self.mark!r} in the prompt")
         prompt = Prompt(tokens, thinking, images, holder)
         size = self.size(prompt)
         if self.positions is not None and size >= self.positions:

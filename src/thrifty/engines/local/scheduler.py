@@ -17,31 +17,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from thrifty.engines.local import sampling
-from thrifty.engines.local.branch import LocalBranch, Told, told
+from thrifty.engines.local.branch import LocalBranch
 from thrifty.engines.local.runner import Output, Row, Runner
+from thrifty.engines.local.turns import Told, Turn, together, told
 from thrifty.errors import EngineError, InvalidInput, ThriftyError
 from thrifty.policy import CONTINUE, Probe
 
 FOREVER = 2**62
-
-
-class Turn:
-    """Leave for one branch to draw `left` tokens. `told` hears the end, or what went wrong; `each` every token."""
-
-    __slots__ = ("branch", "left", "told", "each", "probe", "over", "running")
-
-    def __init__(
-        self, branch: LocalBranch, left: int, told: Told, each: Callable[[], None] | None = None
-    ) -> None:
-        self.branch, self.left, self.told, self.each = branch, left, told, each
-        self.probe: Probe | None = None
-        """while one runs, this turn waits for it"""
-        self.over = False
-        self.running = False
-        """the step under way reads or draws for it"""
 
 
 class Scheduler:
@@ -74,7 +58,10 @@ class Scheduler:
             self._do(job)
 
     async def prefill(self, branch: LocalBranch, row: Callable[[], Row]) -> None:
-        """Reads a prompt, which `row` makes on the model's thread. Raises EngineError, or BudgetExceeded when its memory is refused."""
+        """Reads a prompt, which `row` makes on the model's thread.
+
+        Raises EngineError, or BudgetExceeded when its memory is refused.
+        """
 
         def start(tell: Told) -> None:
             with self._wake:
@@ -86,13 +73,22 @@ class Scheduler:
 
     async def drawn(self, branches: Sequence[LocalBranch], n: int) -> None:
         """Returns when each branch has drawn n more tokens or ended; they run in common batches."""
+        for branch in branches:
+            if branch.failure is not None:
+                raise branch.failure
+        live = [b for b in branches if b.finish is None]
+        if n <= 0 or not live:
+            return
         turns: list[Turn] = []
+
+        def start(tell: Told) -> None:
+            one = together(len(live), tell)
+            made = [Turn(branch, n, one) for branch in live]
+            self.begin(made)
+            turns.extend(made)
+
         try:
-            for branch in branches:
-                if branch.failure is not None:
-                    raise branch.failure
-            branches = [b for b in branches if b.finish is None] if n > 0 else []
-            await told(lambda tell: self._together(branches, n, tell, turns))
+            await told(start)
         finally:
             self.drop(turns)
 
@@ -137,6 +133,14 @@ class Scheduler:
     # -- the thread --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            with self._wake:
+                self._stopping = self._ended = True
+            self._fail_all()  # nothing, unless this thread dies of an error
+
+    def _serve(self) -> None:
         while True:
             with self._wake:
                 while not (self._stopping or self._jobs or self._prompts or any(_ready(t) for t in self._turns)):
@@ -159,10 +163,11 @@ class Scheduler:
     def _do(self, job: Callable[[], None]) -> None:
         try:
             job()
-        except ThriftyError as error:
+        except Exception as error:
             holder = getattr(job, "__self__", None)
-            if isinstance(holder, LocalBranch):
-                holder.failure = error
+            if not isinstance(holder, LocalBranch):
+                raise
+            holder.failure = _known(error)
 
     def _batch(self) -> list[Turn]:
         """The turns of the next step, first come first served; those served go to the end of the line."""
@@ -266,31 +271,39 @@ class Scheduler:
 
     def _draw(self, turns: list[Turn]) -> None:
         """Draws for all rows at once, then lets each row's policies judge."""
-        ready: list[tuple[Turn, Tensor]] = []
+        ready = []
         for turn in turns:
-            branch = turn.branch
-            try:
-                with branch.lock:
-                    logits = None if branch.closed or branch.finish is not None else branch.shaped()
-            except Exception as error:
-                self._failed(turn, error)
-                continue
-            if logits is None:
-                self._over(turn, None)
+            if turn.branch.closed or turn.branch.finish is not None or turn.branch.logits is None:
+                self._over(turn, turn.branch.failure)
             else:
-                ready.append((turn, logits))
+                ready.append(turn)
         if not ready:
             return
-        logits = torch.stack([row for _, row in ready])
-        tokens = sampling.draw(logits, [t.branch.sampler for t, _ in ready])
-        shown = sampling.logprobs(logits, tokens) if any(t.branch.keeps_logprobs for t, _ in ready) else None
-        for i, (turn, row) in enumerate(ready):
+        # one copy for all rows, which their policies may then change in place
+        logits = torch.stack([t.branch.logits for t in ready if t.branch.logits is not None]).float()
+        finite = torch.isfinite(logits.amax(-1)).tolist()  # a NaN is the largest of its row
+        kept = []
+        for i, turn in enumerate(ready):
+            try:
+                with turn.branch.lock:
+                    turn.branch.shape_logits(logits[i], finite[i])
+            except Exception as error:
+                self._failed(turn, error)
+            else:
+                kept.append(i)
+        if len(kept) < len(ready):
+            ready, logits = [ready[i] for i in kept], logits[kept]
+        if not ready:
+            return
+        tokens = sampling.draw(logits, [t.branch.sampler for t in ready])
+        shown = sampling.logprobs(logits, tokens) if any(t.branch.keeps_logprobs for t in ready) else None
+        for i, turn in enumerate(ready):
             branch = turn.branch
             try:
                 with branch.lock:
                     live = not branch.closed
-                    probe = branch.drew(tokens[i], 0.0 if shown is None else shown[i], row) if live else None
-                    inner = self._probe(turn, probe)
+                    logprob = 0.0 if shown is None else shown[i]
+                    inner = self._probe(turn, branch.drew(tokens[i], logprob, logits[i]) if live else None)
             except Exception as error:
                 self._failed(turn, error)
                 continue
@@ -359,32 +372,6 @@ class Scheduler:
             if turn in self._turns:
                 self._turns.remove(turn)
         turn.told(error)
-
-    def _together(self, branches: Sequence[LocalBranch], n: int, tell: Told, turns: list[Turn]) -> None:
-        """One turn a branch; `tell` hears the last end, with the first error."""
-        waiting = len(branches)
-        first: list[BaseException] = []
-        count = threading.Lock()
-
-        def one(error: BaseException | None) -> None:
-            nonlocal waiting
-            with count:
-                waiting -= 1
-                if error is not None:
-                    first.append(error)
-                last = waiting == 0
-            if last:
-                tell(first[0] if first else None)
-
-        if not branches:
-            tell(None)
-            return
-        turns.extend(Turn(branch, n, one) for branch in branches)
-        try:
-            self.begin(turns)
-        except ThriftyError:
-            turns.clear()
-            raise
 
     def _start(self) -> None:
         """Under the lock: wakes the thread, or starts it."""

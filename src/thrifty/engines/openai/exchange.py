@@ -170,7 +170,7 @@ class Exchange:
 
     def labels(self, labels: Labels) -> Labels:
         """The labels with the engine's part filled in."""
-        table = "" if self.prices is None else str(getattr(self.prices, "name", type(self.prices).__name__))
+        table = "" if self.prices is None else str(getattr(self.prices, "label", type(self.prices).__name__))
         return replace(labels, engine="openai", model=self.format.model, prices=table)
 
     def error(self, failure: Failure, path: str, bill: Bill) -> EngineError:

@@ -61,7 +61,7 @@ class ChainOfDraft(Rewrite):
     forces the call's answer prefix; where the call has none, and `draft_tokens` is not reached, the model
     ends on its own.
 
-    The effect weakens without exemplars and on models under some 3 billion parameters (paper, section 5).
+    The effect weakens without exemplars and on models under some 3 billion parameters, as the paper says.
     """
 
     name = "chain-of-draft"
@@ -97,7 +97,7 @@ class ChainOfDraft(Rewrite):
 
 
 def system_prompt(words: int = 5, separator: str = "####") -> str:
-    """The paper's system prompt (section 4), with its two settings.
+    """The paper's system prompt, with its two settings.
 
     >>> system_prompt(1).split(". ")[1]
     'Return the answer at the end of the response after a separator ####.'

@@ -45,9 +45,10 @@ def sample_call(call: Call, sample: int, account: Account, temperature: float) -
 
 
 def how_many_fit(call: Call, most: int, output: int = 1) -> int:
-    """How many samples of at least `output` tokens each the account could hold at once: 1 to `most`."""
+    """How many samples of at least `output` tokens each the account could hold at once: 1 to `most`. A plan
+    that refuses gets `most`: it asks for all, and hears of it when they do not fit."""
     left = call.account.remaining()
-    if not left:
+    if not left or call.on_exceed == "refuse":
         return most
     engine = call.engines.get("answer")
     prompt = 0 if engine is None else engine.count(call)

@@ -88,10 +88,11 @@ class FirstFinishSearch(Search):
         rows: list[Branch] = [root]
         try:
             for i in range(1, n):
+                seed = seed_of(
+                    call.sampling.seed or 0, i
+                )  # a fork without a seed would repeat the root's draws
                 try:
-                    rows.append(
-                        root.fork(seed_of(call.sampling.seed or 0, i))
-                    )  # None would repeat the root's draws
+                    rows.append(root.fork(seed))
                 except BudgetExceeded:
                     if call.on_exceed == "refuse":
                         raise
@@ -143,11 +144,9 @@ class FirstFinishSearch(Search):
         return conclude(call, chosen, came, accounts, self._receipt(n, finished, lengths, note))
 
     def _receipt(self, rows: int, finished: Sequence[Answer], lengths: Sequence[int], note: str) -> Receipt:
-        parts = (
-            [f"{rows} rows raced, {len(finished)} finished"]
-            if rows > 1
-            else ["one row: the budget holds no race"]
-        )
+        parts = [f"{rows} rows raced, {len(finished)} finished"]
+        if rows == 1:
+            parts = ["one row: the budget holds no race"]
         if not finished:
             parts.append("none ended properly: the first row is returned")
         if rows < self.samples and rows > 1:
