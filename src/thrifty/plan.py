@@ -24,6 +24,7 @@ from thrifty.engines.kinds import KNOWN
 from thrifty.errors import InvalidInput, PlanError, nearest
 from thrifty.method import FLOATING, STAGES, Method, Next
 
+_MOST_BYTES = 1_000_000
 ROLES = ("answer", "draft", "scorer", "embedder", "judge")
 _KEYS = ("name", "on_exceed", "budget", "engines", "methods")
 
@@ -110,10 +111,12 @@ class Plan:
     @classmethod
     def from_toml(cls, text: str, source: str = "plan") -> Plan:
         """Reads a TOML document; errors start with `source`."""
+        return cls._read(_toml(text, source), source)
+
+    @classmethod
+    def _read(cls, data: Mapping[str, Any], source: str) -> Plan:
         try:
-            return cls.from_dict(tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
-            raise InvalidInput(f"{source}: not TOML: {error}") from error
+            return cls.from_dict(data)
         except PlanError as error:
             raise PlanError(f"{source}: {error}") from error
         except InvalidInput as error:
@@ -124,14 +127,17 @@ class Plan:
         """Reads a TOML file. The plan's name defaults to the file's."""
         file = Path(path)
         try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidInput(f"plan {file}: cannot be read: {error}") from error
+            with file.open("rb") as stream:
+                read = stream.read(_MOST_BYTES + 1)
+        except (OSError, ValueError) as error:
+            raise InvalidInput(f"plan {file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        if len(read) > _MOST_BYTES:
+            raise InvalidInput(f"plan {file}: over {_MOST_BYTES:,} bytes: it is no plan")
         try:
-            named = "name" in tomllib.loads(text)
-        except tomllib.TOMLDecodeError:
-            named = True
-        return cls.from_toml(text if named else f"name = {json.dumps(file.stem)}\n{text}", str(file))
+            text = read.decode("utf-8-sig").replace("\r\n", "\n")
+        except UnicodeDecodeError as error:
+            raise InvalidInput(f"plan {file}: not UTF-8 at byte {error.start}") from error
+        return cls._read({"name": file.stem, **_toml(text, str(file))}, str(file))
 
     # -- building ----------------------------------------------------------------------------------------------
 
@@ -187,9 +193,7 @@ class Pipeline:
             prompt = ({"role": "user", "content": prompt},)
         return Call(messages=tuple(prompt), account=account or Account("thrifty"), **fields)
 
-    async def ask(
-        self, prompt: str | Sequence[Message], account: Account | None = None, **fields: Any
-    ) -> Answer:
+    async def ask(self, prompt: str | Sequence[Message], account: Account | None = None, **fields: Any) -> Answer:
         """`call` and answer it."""
         return await self(self.call(prompt, account, **fields))
 
@@ -209,9 +213,7 @@ class Pipeline:
 
     def _enter(self, call: Call, account: Account) -> Call:
         labels = replace(call.labels, plan=self.plan.hash)
-        return replace(
-            call, account=account, engines=self.engines, labels=labels, on_exceed=self.plan.on_exceed
-        )
+        return replace(call, account=account, engines=self.engines, labels=labels, on_exceed=self.plan.on_exceed)
 
     def _stack(self) -> Next:
         below: Next = _Bottom(self.engine)
@@ -287,19 +289,22 @@ def _check_engine(who: str, role: str, needs: frozenset[str], engines: Mapping[s
         raise PlanError(nearest(sorted(unknown)[0], CAPABILITIES, f"capability that {who!r} needs:"))
     engine = engines.get(role)
     if engine is None:
-        raise PlanError(
-            f"{who!r} needs an engine for the role {role!r} with {_words(needs)}: name one under [engines]"
-        )
+        raise PlanError(f"{who!r} needs an engine for the role {role!r} with {_words(needs)}: name one under [engines]")
     missing = needs - engine.capabilities
     if missing:
         has = [e.name for e in engines.values() if missing <= e.capabilities]
         others = has or [name for name, caps in KNOWN.items() if missing <= caps]
-        offer = (
-            f"engines that have it: {', '.join(sorted(set(others)))}" if others else "no engine here has it"
-        )
-        raise PlanError(
-            f"{who!r} needs {_words(missing)}, which engine {engine.name}:{engine.model} lacks; {offer}"
-        )
+        offer = f"engines that have it: {', '.join(sorted(set(others)))}" if others else "no engine here has it"
+        raise PlanError(f"{who!r} needs {_words(missing)}, which engine {engine.name}:{engine.model} lacks; {offer}")
+
+
+def _toml(text: str, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidInput(f"{source}: not TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
+        raise InvalidInput(f"{source}: TOML that cannot be read: {error}") from error
 
 
 def _words(needs: frozenset[str]) -> str:

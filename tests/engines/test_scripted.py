@@ -256,7 +256,7 @@ async def test_tool_calls_are_counted_and_limited() -> None:
 
 @dataclass
 class Table:
-    name: str = "table 1"
+    label: str = "table 1"
 
     def with_price(self, spend: Spend, model: str, role: str) -> Spend:
         return replace(spend, usd=2 * spend.input + 10 * spend.output)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from thrifty.budget import Budget
-from thrifty.errors import InvalidInput
+from thrifty.errors import InvalidInput, ThriftyError
 from thrifty.plan import Pipeline, Plan
 
 if TYPE_CHECKING:
     from thrifty.ledger.entry import LedgerLike
+
+T = TypeVar("T")
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Engine: smollm2, local:FOLDER, openai:MODEL@URL, scripted:echo.")
@@ -31,18 +34,24 @@ LedgerFile = Annotated[Path | None, typer.Option("--ledger", help="Record what i
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
+class Interrupted(ThriftyError):
+    """The user pressed Ctrl-C."""
+
+    exit_code = 130
+
+
 def budget_of(limits: Sequence[str] | None) -> Budget:
     """`["output=96", "usd=0.25"]` as a Budget. Raises InvalidInput."""
     values: dict[str, Any] = {}
     for item in limits or ():
-        name, equals, text = item.partition("=")
-        if not equals:
+        name, equals, text = (part.strip() for part in item.partition("="))
+        if not (name and equals):
             raise InvalidInput(f"--budget {item!r}: NAME=NUMBER is needed, such as output=96")
-        number = text.replace("_", "").replace(",", "")
-        try:
-            values[name.strip()] = int(number) if number.lstrip("+-").isdigit() else float(number)
-        except ValueError as error:
-            raise InvalidInput(f"--budget {item!r}: {text!r} is no number") from error
+        if name in values:
+            raise InvalidInput(f"--budget {item!r}: {name} was given before: give one limit of it")
+        values[name] = _number(text.replace("_", "").replace(",", ""), item)
+        if name == "usd" and 0 < values[name] < 1e-9:
+            raise InvalidInput(f"--budget {item!r}: below 1e-9 dollars, the smallest unit: give more, or 0")
     return Budget.from_dict(values)
 
 
@@ -73,7 +82,27 @@ def ledger_of(path: Path | None) -> LedgerLike | None:
 
 
 def print_json(data: Any) -> None:
-    """One JSON document on standard output."""
+    """One JSON document on standard output, in UTF-8 whatever the locale says."""
     import orjson
 
-    sys.stdout.write(orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode() + "\n")
+    document = orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS | orjson.OPT_APPEND_NEWLINE)
+    sys.stdout.flush()
+    sys.stdout.buffer.write(document)
+
+
+def complete(work: Coroutine[Any, Any, T], told: str) -> T:
+    """Runs a coroutine to its end. Ctrl-C cancels it, which settles what is in flight, and raises Interrupted."""
+    try:
+        return asyncio.run(work)
+    except KeyboardInterrupt:
+        raise Interrupted(told) from None
+
+
+def _number(text: str, item: str) -> float:
+    try:
+        if text.lstrip("+-").isdigit():
+            return int(text)
+        value = float(text)
+    except ValueError as error:
+        raise InvalidInput(f"--budget {item!r}: {text!r} is no number") from error
+    return int(value) if value.is_integer() else value

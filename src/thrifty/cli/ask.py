@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from typing import Annotated
 
@@ -20,6 +19,7 @@ from thrifty.cli._options import (
     PlanFile,
     budget_of,
     build,
+    complete,
     ledger_of,
     plan_of,
     print_json,
@@ -45,14 +45,16 @@ def ask(
 
     The answer goes to standard output, what it cost and what each method did to standard error.
     """
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _stdin() if prompt == "-" else _utf8(prompt, "the prompt")
     if not text.strip():
         raise InvalidInput("an empty prompt: give a question, or - and text on standard input")
     messages = [{"role": "user", "content": text}]
     if system:
-        messages.insert(0, {"role": "system", "content": system})
+        messages.insert(0, {"role": "system", "content": _utf8(system, "--system")})
+    limits = budget_of(budget)
+    pipeline = build(plan_of(plan), model, embedder)
     book = ledger_of(ledger)
-    account = Account("ask", budget_of(budget), ledger=book)
+    account = Account("ask", limits, ledger=book)
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
 
     async def emit(delta: Delta) -> None:
@@ -60,12 +62,12 @@ def ask(
         sys.stdout.flush()
 
     async def go() -> Answer:
-        async with build(plan_of(plan), model, embedder) as pipeline:
+        async with pipeline:
             streamed = {"emit": emit} if stream and not json else {}
             return await pipeline.ask(messages, account, sampling=sampling, **streamed)
 
     try:
-        answer = asyncio.run(go())
+        answer = complete(go(), "interrupted; what was produced is settled")
     finally:
         if book is not None:
             book.close()  # type: ignore[attr-defined]
@@ -77,6 +79,24 @@ def ask(
     _print_costs(answer)
 
 
+def _stdin() -> str:
+    if sys.stdin is None:  # closed by who started us
+        return ""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"standard input: not UTF-8 at byte {error.start}: convert it first") from error
+
+
+def _utf8(text: str, what: str) -> str:
+    """The text. Raises InvalidInput where the shell gave bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"{what} is not UTF-8 at character {error.start}: convert it first") from error
+    return text
+
+
 def _print_costs(answer: Answer) -> None:
     from rich.console import Console
     from rich.markup import escape
@@ -86,10 +106,11 @@ def _print_costs(answer: Answer) -> None:
     parts = [f"input {spend.input:,}", f"output {spend.output:,}", f"calls {spend.calls}", f"usd {spend.usd / 1e9:.6f}"]
     if spend.cached:
         parts.insert(1, f"cached {spend.cached:,}")
-    console.print(f"[dim]{' · '.join(parts)} · {answer.finish}{' · estimated' if answer.estimated else ''}[/dim]")
+    parts += [answer.finish, *(["estimated"] if answer.estimated else [])]
+    console.print(f"[dim]{' · '.join(parts)}[/dim]", soft_wrap=True)
     for receipt in answer.receipts:
         mark = "fired" if receipt.fired else "did not fire"
         counts = ""
         if receipt.before is not None and receipt.after is not None:
             counts = f" ({receipt.before:,.0f} to {receipt.after:,.0f} {receipt.unit})"
-        console.print(f"[dim]{escape(receipt.method)} {mark}: {escape(receipt.reason)}{counts}[/dim]")
+        console.print(f"[dim]{escape(receipt.method)} {mark}: {escape(receipt.reason)}{counts}[/dim]", soft_wrap=True)

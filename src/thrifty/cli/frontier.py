@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from thrifty.budget import Account
 from thrifty.cli._options import Embedder, Json, LedgerFile, Limits, budget_of, ledger_of, print_json
-from thrifty.errors import BudgetExceeded, EngineError, InvalidInput
+from thrifty.errors import BudgetExceeded, EngineError, InvalidInput, PlanError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -61,6 +62,7 @@ def frontier(
     try:
         from rich.console import Console
 
+        from thrifty.bench.row import check_axis
         from thrifty.bench.study import study, study_from
     except ImportError as error:
         raise InvalidInput("the bench needs its extra: pip install 'thrifty[bench]'") from error
@@ -70,20 +72,24 @@ def frontier(
         target = out if out != Path("out/frontier") else None
         _finish(study_from(results, axis=axis, out=target, console=console), json, save)
         return
-    book = ledger_of(ledger)
+    limits = budget_of(budget)
+    if axis is not None:
+        check_axis(axis)
     plans = [_load(path) for path in plan or ()]
     engines = _engines(suites or ["demo"], plans, model, embedder)
+    items = _items(suites or ["demo"], plans, engines, n, quick, seed)
+    book = ledger_of(ledger)
     try:
         found = study(
-            _items(suites or ["demo"], plans, engines, n, quick, seed),
+            items,
             engines,
             out,
             axis=axis,
             seeds=(seed,),
             samples=samples,
             concurrency=concurrency,
-            account=Account("frontier", budget_of(budget), ledger=book),
-            command=shlex.join(["thrifty", *sys.argv[1:]]),
+            account=Account("frontier", limits, ledger=book),
+            command=_command(),
             console=console,
         )
     finally:
@@ -109,14 +115,15 @@ def _items(
     items: list[Item] = []
     for name in names:
         if Path(name).exists():
-            tasks = load(name)[: n or None]
+            tasks = load(name)
+            if n is not None and n > len(tasks):
+                raise InvalidInput(f"{name}: has {len(tasks):,} tasks, and --n {n:,} were asked: give fewer")
+            tasks = tasks[: n or None]
             items.append(Item(Path(name).stem, plans or suites.find("arithmetic")[0].plans(), tasks))
         elif name.startswith("reasoning-gym:"):
             number = n or (8 if quick else 40)
             tasks = suite(name, number, seed, count=count_with(engines["answer"]))
             items.append(Item(name.replace(":", "-"), plans or suites.find("arithmetic")[0].plans(), tasks))
-        elif name.endswith((".jsonl", ".json")):
-            raise InvalidInput(f"task file {name}: there is no such file")
         else:
             for found in suites.find(name):
                 item = item_of(found, engines, n=n, quick=quick, seed=seed)
@@ -130,6 +137,8 @@ def _engines(names: Sequence[str], plans: Sequence[Plan], model: str, embedder: 
 
     used = list(plans)
     for name in names:
+        if name.endswith((".jsonl", ".json")) and not Path(name).exists():
+            raise InvalidInput(f"task file {name}: there is no such file")
         if not used and not Path(name).exists():
             known = "arithmetic" if name.startswith("reasoning-gym:") else name
             used += [p for found in suites.find(known) for p in found.plans()]
@@ -137,9 +146,22 @@ def _engines(names: Sequence[str], plans: Sequence[Plan], model: str, embedder: 
     specs = {"answer": model, **dict.fromkeys(roles, model)}
     if any("embedder" in plan.needs() for plan in used):
         specs["embedder"] = embedder
+    named: dict[str, Plan] = {}
     for plan in used:
+        for role, spec in plan.engines.items():
+            other = named.setdefault(role, plan)
+            if other.engines[role] != spec:
+                raise PlanError(
+                    f"plans {other.name!r} and {plan.name!r} name different engines for the role {role!r}: a frontier "
+                    "compares plans on the same engines; run one for each"
+                )
         specs |= plan.engines
     return resolve_roles(specs)
+
+
+def _command() -> str:
+    """What was typed, for the results file, without the passwords of addresses."""
+    return re.sub(r"://[^\s/@]*@", "://", shlex.join(["thrifty", *sys.argv[1:]]))
 
 
 def _load(path: Path) -> Plan:

@@ -9,6 +9,7 @@ import typer
 
 from thrifty.cli._options import Json, print_json
 from thrifty.engines.kinds import KNOWN
+from thrifty.engines.spec import read
 from thrifty.errors import PlanError
 from thrifty.plan import Plan
 
@@ -18,19 +19,22 @@ app = typer.Typer(help="Check a plan.", no_args_is_help=True)
 @app.command("check")
 def check(
     path: Annotated[Path, typer.Argument(help="A plan in TOML.")],
-    engine: Annotated[str | None, typer.Option("--engine", help="Also check against a kind of engine.")] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="Also check against an engine, or a kind: local, openai, scripted.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Check a plan: names, knobs, order, needs, collisions. Exit code 2 and one line when something is wrong."""
     plan = Plan.load(path)
-    kind = engine or plan.engines.get("answer", "").partition(":")[0]
-    if kind in KNOWN:
-        missing = plan.needs()["answer"] - KNOWN[kind]
+    specs = {**plan.engines, **({"answer": engine} if engine is not None else {})}
+    for role, spec in specs.items():
+        kind = spec if spec in KNOWN else read(spec)[0]
+        missing = plan.needs().get(role, frozenset()) - KNOWN[kind]
         if missing:
             have = [name for name, caps in KNOWN.items() if missing <= caps]
             raise PlanError(
-                f"{path}: the plan needs {', '.join(sorted(missing))}, which engine {kind!r} lacks; "
-                f"engines that have it: {', '.join(have) or 'none'}"
+                f"{path}: the plan needs {', '.join(sorted(missing))} of its engine {role!r}, which kind {kind!r} "
+                f"lacks; kinds that have it: {', '.join(have) or 'none'}"
             )
     needs = {role: sorted(caps) for role, caps in plan.needs().items()}
     if json:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -21,11 +22,12 @@ from thrifty.cli._options import (
     PlanFile,
     budget_of,
     build,
+    complete,
     ledger_of,
     plan_of,
     print_json,
 )
-from thrifty.errors import BudgetExceeded, EngineError
+from thrifty.errors import BudgetExceeded, EngineError, InvalidInput
 
 
 def run(
@@ -43,38 +45,42 @@ def run(
 
     --budget limits the whole run; a plan's own budget limits each request.
     """
+    limits = budget_of(budget)
+    # before the event loop, so that Ctrl-C need not wait until a model is loaded
+    pipeline = build(plan_of(plan), model, embedder)
+    requests = batch.read_requests(source, pipeline)
     book = ledger_of(ledger)
-    account = Account("run", budget_of(budget), ledger=book)
+    account = Account("run", limits, ledger=book)
 
     async def go() -> batch.Progress:
-        async with build(plan_of(plan), model, embedder) as pipeline:
-            requests = batch.read_requests(source, pipeline)
+        async with pipeline:
             with _bar(json) as on_progress:
                 return await batch.run(
                     requests, pipeline, out, account, concurrency=concurrency, on_progress=on_progress
                 )
 
     try:
-        progress = asyncio.run(go())
-    except KeyboardInterrupt:
-        print(f"thrifty: interrupted; run the same command again to go on from {out}", file=sys.stderr)
-        raise SystemExit(130) from None
+        progress = complete(go(), f"interrupted; run the same command again to go on from {out}")
     finally:
         if book is not None:
             book.close()  # type: ignore[attr-defined]
     spend = account.settled
     if json:
-        counts = {name: getattr(progress, name) for name in ("total", "done", "resumed", "failed", "refused")}
-        print_json({**counts, "spend": spend.to_dict(), "out": str(out)})
+        print_json({**asdict(progress), "spend": spend.to_dict(), "out": os.fsencode(out).decode(errors="replace")})
     else:
         typer.echo(
             f"{progress.done} of {progress.total} done ({progress.resumed} were there), {progress.failed} failed, "
-            f"{progress.refused} refused by the budget; input {spend.input:,}, output {spend.output:,} tokens; {out}"
+            f"{progress.refused} refused by the budget, {progress.rejected} rejected by the engine; "
+            f"input {spend.input:,}, output {spend.output:,} tokens; {out}"
         )
+    if progress.first_error:
+        print(f"thrifty: {' '.join(progress.first_error.split())}", file=sys.stderr)
     if progress.refused:
         raise SystemExit(BudgetExceeded.exit_code)
     if progress.failed:
         raise SystemExit(EngineError.exit_code)
+    if progress.rejected:
+        raise SystemExit(InvalidInput.exit_code)
 
 
 class _bar:

@@ -298,8 +298,13 @@ class Generation:
 
 def labels_for(call: Call, name: str, model: str, prices: Any) -> Labels:
     """The call's labels with the engine's own part filled in."""
+    return stamped(call.labels, name, model, prices)
+
+
+def stamped(labels: Labels, name: str, model: str, prices: Any) -> Labels:
+    """Labels with the engine, its model and its price table (by its `label`, else its class) filled in."""
     table = "" if prices is None else str(getattr(prices, "label", type(prices).__name__))
-    return replace(call.labels, engine=name, model=model, prices=table)
+    return replace(labels, engine=name, model=model, prices=table)
 
 
 def check_call(call: Call) -> None:

@@ -28,7 +28,7 @@ from thrifty.budget import Account
 from thrifty.call import Answer, Branch, Call, Message, Receipt, Until, text_of
 from thrifty.context import render
 from thrifty.engine import CAPABILITIES, Embeddings
-from thrifty.engines.generation import Generation, check_call, labels_for
+from thrifty.engines.generation import Generation, check_call, labels_for, stamped
 from thrifty.engines.script import Draw, Reply, Script, Words
 from thrifty.engines.settling import TRANCHE, Prices, Tab
 from thrifty.errors import BudgetExceeded, EngineError, InvalidInput, Unsupported, nearest
@@ -140,7 +140,7 @@ class ScriptedEngine:
         spend = Spend(input=sum(len(self.words.split(t)) for t in texts), calls=1)
         if self.prices is not None:
             spend = self.prices.with_price(spend, self.model, labels.role)
-        mine = replace(labels, engine=self.name, model=self.model)
+        mine = stamped(labels, self.name, self.model, self.prices)
         hold = account.hold(spend, labels=mine)
         vectors = np.zeros((len(texts), self.dimensions), dtype=np.float32)
         for row, text in zip(vectors, texts, strict=True):

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -29,23 +30,29 @@ def resolve(spec: str, *, prices: PriceTable | None = None, **options: Any) -> E
     Raises InvalidInput for a specification that cannot be read, and what the engine itself raises for a model that
     cannot be loaded. `options` go to the engine.
     """
-    kind, _, rest = spec.partition(":")
-    if not rest and kind not in KINDS:
-        kind, rest = "local", spec
-    elif kind in ("http", "https"):
-        raise InvalidInput(f"engine {spec!r}: name the model too: openai:MODEL@{spec}")
-    if kind not in KINDS and os.path.exists(spec):
-        kind, rest = "local", spec
-    if kind not in KINDS:
-        raise InvalidInput(nearest(kind, KINDS, "engine kind"))
-    if not rest:
-        raise InvalidInput(f"engine {spec!r}: a model is needed after {kind}:, such as {_EXAMPLES[kind]}")
+    kind, rest = read(spec)
     return _MAKERS[kind](rest, prices, options)
 
 
-def resolve_roles(
-    specs: Mapping[str, str], *, prices: PriceTable | None = None, **options: Any
-) -> dict[str, Engine]:
+def read(spec: str) -> tuple[str, str]:
+    """Kind and model of a specification; nothing is loaded. Raises InvalidInput.
+
+    >>> read("smollm2"), read("openai:m@http://127.0.0.1:8080/v1")
+    (('local', 'smollm2'), ('openai', 'm@http://127.0.0.1:8080/v1'))
+    """
+    kind, colon, rest = spec.partition(":")
+    if kind in ("http", "https"):  # the address is not repeated: it may hold a password
+        raise InvalidInput("engine: an address without a model: openai:MODEL@URL is needed")
+    if kind not in KINDS and (not colon or os.path.exists(spec)):
+        kind, rest = "local", spec
+    if kind not in KINDS:
+        raise InvalidInput(nearest(kind, KINDS, "engine kind"))
+    if not rest.strip():
+        raise InvalidInput(f"engine {spec!r}: a model is needed after {kind}:, such as {_EXAMPLES[kind]}")
+    return kind, rest
+
+
+def resolve_roles(specs: Mapping[str, str], *, prices: PriceTable | None = None, **options: Any) -> dict[str, Engine]:
     """Engines by role; roles with the same specification share one engine. `options` go to the answering engine."""
     made: dict[str, Engine] = {}
     engines: dict[str, Engine] = {}
@@ -57,18 +64,23 @@ def resolve_roles(
 
 
 def _local(model: str, prices: PriceTable | None, options: Mapping[str, Any]) -> Engine:
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
+    # looked up and not imported: torch takes seconds, and a name that is wrong is told before
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
         raise InvalidInput(
             f"engine local:{model} needs torch and transformers: install the extra, `pip install 'thrifty[local]'`"
-        ) from error
-    from thrifty.engines.local.engine import LocalEmbedder, LocalEngine
+        )
+    from thrifty.engines.local import embedded, hub
 
+    if model in embedded.MODELS:
+        embedded.path(model)  # says how to get it, before anything heavy is imported
     table = prices or PriceTable.local()
-    if model in EMBEDDERS:
-        return LocalEmbedder.load(model, prices=table)
-    return LocalEngine.load(model, prices=table, **options)
+    with hub.loading(model):
+        from thrifty.engines.local.engine import LocalEmbedder, LocalEngine
+
+        if model in EMBEDDERS:
+            return LocalEmbedder.load(model, prices=table)
+        return LocalEngine.load(model, prices=table, **options)
 
 
 def _openai(rest: str, prices: PriceTable | None, options: Mapping[str, Any]) -> Engine:

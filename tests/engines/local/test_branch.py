@@ -169,7 +169,7 @@ async def test_a_later_fork_is_billed_for_all_that_it_shares(tiny_engine: LocalE
     branch.close()
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(script=st.lists(st.tuples(st.sampled_from(["step", "fork", "append", "close"]), st.integers(0, 9)), max_size=14))
 async def test_any_history_equals_a_fresh_reading_of_its_tokens(tiny_parts: Any, stock: Any, script: Any) -> None:
     """Whatever was stepped, forked and forced: the next greedy token is what stock says of prompt + tokens."""
@@ -187,13 +187,16 @@ async def test_any_history_equals_a_fresh_reading_of_its_tokens(tiny_parts: Any,
         elif act == "fork" and len(branches) < 6:
             branches.append(branch.fork())
         elif act == "append":
-            await branch.append("word" * which)
+            await branch.append("word" * (which % 4))
         elif act == "close" and len(live) > 1:
             branch.close()
     for branch in [b for b in branches if b.finish is None]:
         past = prompt + branch.tokens
-        assert await branch.step() == int(stock_logits(stock, past).argmax())
-        assert branch.logprobs[-1] == pytest.approx(float(stock_logits(stock, past).log_softmax(-1).max()), abs=1e-3)
+        expected = stock_logits(stock, past).log_softmax(-1)
+        token = await branch.step()
+        assert token is not None
+        assert float(expected[token]) == pytest.approx(float(expected.max()), abs=1e-3), "up to a tie"
+        assert branch.logprobs[-1] == pytest.approx(float(expected.max()), abs=1e-3)
     for branch in branches:
         branch.close()
     assert call.account.held == {}

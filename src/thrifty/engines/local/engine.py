@@ -16,7 +16,6 @@ import random
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from thrifty.budget import Account
 from thrifty.call import Answer, Branch, Call, Until
 from thrifty.engine import Embeddings
 from thrifty.engines.finishing import THINK
-from thrifty.engines.generation import check_call, labels_for
+from thrifty.engines.generation import check_call, labels_for, stamped
 from thrifty.engines.local import embedded
 from thrifty.engines.local.branch import LocalBranch
 from thrifty.engines.local.embedder import Embedder
@@ -314,7 +313,7 @@ class LocalEmbedder:
     async def embed(self, texts: Sequence[str], account: Account, labels: Labels) -> Embeddings:
         """Unit vectors float32 [N, D]. Holds what the texts cost if none is known; settles what was computed."""
         counts = await asyncio.to_thread(self._counts, texts)
-        mine = replace(labels, engine=self.name, model=self.model)
+        mine = stamped(labels, self.name, self.model, self.prices)
         hold = account.hold(self._priced(Spend(input=sum(counts), calls=1), labels), labels=mine)
         try:
             found = await asyncio.to_thread(self.embedder.encode_counted, texts)

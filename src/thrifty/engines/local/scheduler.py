@@ -173,6 +173,8 @@ class Scheduler:
         """The turns of the next step, first come first served; those served go to the end of the line."""
         with self._wake:
             chosen: list[Turn] = []
+            if self._jobs:
+                return chosen  # a fork asked for before a step must see the cache before that step
             for turn in self._turns:
                 if _ready(turn):
                     chosen.append(turn)
