@@ -34,9 +34,7 @@ def main() -> None:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             if turn:  # the first fills the caches
                 times[name].append((time.perf_counter() - start) * 1000)
-    rows = {
-        name: {"median_ms": statistics.median(t), "min_ms": min(t), "max_ms": max(t)} for name, t in times.items()
-    }
+    rows = {name: {"median_ms": statistics.median(t), "min_ms": min(t), "max_ms": max(t)} for name, t in times.items()}
     if given.json:
         print(json.dumps(rows, indent=1))
         return

@@ -1,7 +1,7 @@
 """Writes the pages that are made from the code and from the measured results.
 
-    python docs/generate.py            writes docs/verbs/*.md, docs/catalogue.md, src/thrifty/bench/measured.json
-    python docs/generate.py --check    fails when a page is not what the code says
+python docs/generate.py            writes docs/verbs/*.md, docs/catalogue.md, src/thrifty/bench/measured.json
+python docs/generate.py --check    fails when a page is not what the code says
 """
 
 from __future__ import annotations

@@ -13,9 +13,7 @@ from thrifty.context import SEPARATOR, passages, render
 ACCOUNT = Account("t")
 IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}, "x": 1}
 
-plain = st.text(st.characters(blacklist_categories=["Cs"]), max_size=30).filter(
-    lambda t: CONTEXT_MARK not in t
-)
+plain = st.text(st.characters(blacklist_categories=["Cs"]), max_size=30).filter(lambda t: CONTEXT_MARK not in t)
 some_passages = st.lists(plain.filter(bool), min_size=1, max_size=5).map(tuple)
 
 
@@ -112,10 +110,7 @@ def test_where_passages_come_from() -> None:
     found = passages(Call((long, spoken, short, image), ACCOUNT), words, 5)
     assert (found.source, found.texts) == (0, ("a a a a\n\n",))
     assert passages(Call((short, image, spoken), ACCOUNT), words, 5).texts == ()
-    assert (
-        passages(Call(({"role": "user", "content": "one line of many words here"},), ACCOUNT), words, 2).texts
-        == ()
-    )
+    assert passages(Call(({"role": "user", "content": "one line of many words here"},), ACCOUNT), words, 2).texts == ()
 
 
 @given(some_passages, st.data())

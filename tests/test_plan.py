@@ -45,9 +45,7 @@ from thrifty.methods.search.self_consistency import SelfConsistency
 @st.composite
 def method(draw: st.DrawFn) -> Method:
     """Any registered method with one knob anywhere in its range."""
-    cls = registry.get(
-        draw(st.sampled_from([n for n in registry.names() if n not in ("first-finish-search",)]))
-    )
+    cls = registry.get(draw(st.sampled_from([n for n in registry.names() if n not in ("first-finish-search",)])))
     name, (default, allowed) = draw(st.sampled_from(list(cls.knobs().items())))
     if allowed.choices:
         value: Any = draw(st.sampled_from(allowed.choices))
@@ -80,9 +78,7 @@ names = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1, max_size
 
 @settings(max_examples=60, deadline=None)
 @given(names, st.lists(method(), max_size=3), budgets, engines, st.sampled_from(["degrade", "refuse"]))
-def test_a_plan_survives_toml(
-    name: str, stack: list[Method], budget: Budget, roles: dict[str, str], then: Any
-) -> None:
+def test_a_plan_survives_toml(name: str, stack: list[Method], budget: Budget, roles: dict[str, str], then: Any) -> None:
     try:
         plan = Plan(name, tuple(stack), budget, roles, then)
     except PlanError:
@@ -126,9 +122,7 @@ def test_the_hash_does_not_know_the_name_and_knows_the_version(monkeypatch: pyte
 
 def test_the_hash_is_the_same_in_another_process() -> None:
     """Written down, it keys results for years: neither the process nor the order of keys may change it."""
-    text = Plan(
-        "p", (AdaptiveK(), ChainOfDraft())[::-1], Budget(output=96), {"answer": "a", "judge": "b"}
-    ).to_toml()
+    text = Plan("p", (AdaptiveK(), ChainOfDraft())[::-1], Budget(output=96), {"answer": "a", "judge": "b"}).to_toml()
     code = f"from thrifty import Plan; print(Plan.from_toml({text!r}).hash)"
     run = [
         subprocess.run(
@@ -326,9 +320,7 @@ async def test_the_plans_budget_is_a_limit_below_the_callers_account() -> None:
     account = Account("me", Budget(output=5))
     pipeline = Plan("p", budget=Budget(output=3)).build(ScriptedEngine("a b c d e f g"))
     assert (await pipeline.ask("q", account)).spend.output == 3
-    assert (
-        await pipeline.ask("q", account)
-    ).spend.output == 2  # a new call has a new plan budget, the account not
+    assert (await pipeline.ask("q", account)).spend.output == 2  # a new call has a new plan budget, the account not
     with pytest.raises(BudgetExceeded):
         await pipeline.ask("q", account)
     assert account.settled.output == 5 and not account.held

@@ -76,9 +76,7 @@ def test_listing_imports_nothing(installed: Path) -> None:
 
 def test_two_methods_of_one_name_are_refused(installed: Path) -> None:
     install(installed, "thrifty-politely", "fixed-k = politely_pkg:Politely")
-    with pytest.raises(
-        PlanError, match="'fixed-k' is provided by thrifty and thrifty-politely: uninstall one"
-    ):
+    with pytest.raises(PlanError, match="'fixed-k' is provided by thrifty and thrifty-politely: uninstall one"):
         registry.names()
 
 
@@ -119,11 +117,7 @@ def test_an_entry_point_whose_method_has_another_name_is_refused(installed: Path
 
 def test_every_file_of_a_family_is_a_method_of_its_name() -> None:
     root = Path(thrifty.__file__).parent / "methods"
-    files = {
-        f.stem.replace("_", "-"): f.parent.name
-        for family in FAMILIES
-        for f in (root / family).glob("[!_]*.py")
-    }
+    files = {f.stem.replace("_", "-"): f.parent.name for family in FAMILIES for f in (root / family).glob("[!_]*.py")}
     assert files and set(files) <= set(registry.names())
     for name, family in files.items():
         method = registry.get(name)

@@ -15,9 +15,7 @@ from thrifty.spend import SPEND_FIELDS, WORK_ADDING, WORK_FIELDS, Spend, Work, t
 numbers = st.integers(0, 2**60)
 spends = st.builds(Spend, **{name: numbers for name in SPEND_FIELDS})
 seconds = st.integers(0, 2**30).map(lambda n: n / 1024)  # exact in floating point
-works = st.builds(
-    Work, **{n: seconds if n in ("engine_seconds", "kv_bytes_mean") else numbers for n in WORK_FIELDS}
-)
+works = st.builds(Work, **{n: seconds if n in ("engine_seconds", "kv_bytes_mean") else numbers for n in WORK_FIELDS})
 
 
 @given(spends, spends)

@@ -49,14 +49,9 @@ def _clamped(total: int, weights: list[Fraction], lows: list[int], highs: list[i
     """Shares t * w clamped to their bounds, with t such that they sum to the total (t found on its breakpoints)."""
 
     def at(t: Fraction) -> list[Fraction]:
-        return [
-            min(max(t * w, Fraction(lo)), Fraction(hi))
-            for w, lo, hi in zip(weights, lows, highs, strict=True)
-        ]
+        return [min(max(t * w, Fraction(lo)), Fraction(hi)) for w, lo, hi in zip(weights, lows, highs, strict=True)]
 
-    breaks = sorted(
-        {Fraction(b) / w for w, lo, hi in zip(weights, lows, highs, strict=True) if w for b in (lo, hi)}
-    )
+    breaks = sorted({Fraction(b) / w for w, lo, hi in zip(weights, lows, highs, strict=True) if w for b in (lo, hi)})
     below, above = Fraction(0), None
     lo_i, hi_i = 0, len(breaks) - 1
     while lo_i <= hi_i:

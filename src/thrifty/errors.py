@@ -49,9 +49,7 @@ class BudgetExceeded(ThriftyError):
 
     exit_code = 3
 
-    def __init__(
-        self, account: str, resource: str, limit: float, settled: float, held: float, asked: float
-    ) -> None:
+    def __init__(self, account: str, resource: str, limit: float, settled: float, held: float, asked: float) -> None:
         self.account, self.resource, self.limit = account, resource, limit
         self.settled, self.held, self.asked = settled, held, asked
         super().__init__(

@@ -100,6 +100,4 @@ def _nano(dollars: Any) -> int:
             raise InvalidOperation
         return int((Decimal(str(dollars)) * NANO).to_integral_value())
     except (InvalidOperation, ValueError, OverflowError) as error:
-        raise InvalidInput(
-            f"budget usd = {dollars!r}: an amount in dollars is needed, such as 0.25"
-        ) from error
+        raise InvalidInput(f"budget usd = {dollars!r}: an amount in dollars is needed, such as 0.25") from error

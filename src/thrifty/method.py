@@ -139,9 +139,7 @@ class Method:
 
     async def open(self, call: Call, next: Next) -> Branch:
         """Opens a branch through this method."""
-        raise PlanError(
-            f"{self.name!r} needs the whole answer and cannot be opened as a branch: put it further up"
-        )
+        raise PlanError(f"{self.name!r} needs the whole answer and cannot be opened as a branch: put it further up")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,9 +65,7 @@ def get(name: str) -> type[Method]:
         if inspect.isclass(c) and issubclass(c, Method) and c.__module__ == source.target and c.name == name
     ]
     if len(classes) != 1:
-        raise PlanError(
-            f"{source.target} must define one Method with name = {name!r}; it defines {len(classes)}"
-        )
+        raise PlanError(f"{source.target} must define one Method with name = {name!r}; it defines {len(classes)}")
     return classes[0]
 
 
@@ -78,15 +76,11 @@ def _foreign(name: str, source: Source) -> type[Method]:
     try:
         found = getattr(importlib.import_module(module), attribute, None)
     except ImportError as error:
-        raise PlanError(
-            f"{where} cannot be imported from {source.target}: {error}; repair or uninstall it"
-        ) from error
+        raise PlanError(f"{where} cannot be imported from {source.target}: {error}; repair or uninstall it") from error
     if not (inspect.isclass(found) and issubclass(found, Method)):
         raise PlanError(f"{where}: {source.target} is no thrifty.Method class")
     if found.name != name:
-        raise PlanError(
-            f"{where}: the class calls itself {found.name!r}; its entry point must have the same name"
-        )
+        raise PlanError(f"{where}: the class calls itself {found.name!r}; its entry point must have the same name")
     return found
 
 

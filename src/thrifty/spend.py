@@ -138,9 +138,7 @@ def total_work(parts: Iterable[Work]) -> Work:
     return total
 
 
-def _counts(
-    data: Mapping[str, Any], known: tuple[str, ...], kind: str, real: tuple[str, ...] = ()
-) -> dict[str, Any]:
+def _counts(data: Mapping[str, Any], known: tuple[str, ...], kind: str, real: tuple[str, ...] = ()) -> dict[str, Any]:
     for name, value in data.items():
         if name not in known:
             raise InvalidInput(nearest(name, known, kind))

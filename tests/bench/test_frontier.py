@@ -61,9 +61,7 @@ def head(plans: list[str]) -> dict[str, object]:
         "suite": "toy",
         "engine": "e",
         "engines": {"answer": {"model": "toy-model", "dtype": "bfloat16"}},
-        "plans": [
-            {"hash": f"hash-{p}", "name": p, "methods": [{"use": m, "k": 1} for m in PLANS[p]]} for p in plans
-        ],
+        "plans": [{"hash": f"hash-{p}", "name": p, "methods": [{"use": m, "k": 1} for m in PLANS[p]]} for p in plans],
     }
 
 
@@ -128,8 +126,7 @@ def test_fired_shares_come_from_receipts_and_say_why_not() -> None:
 def test_a_method_without_a_receipt_or_that_never_fired_is_told() -> None:
     silent = tuple(result("a", i, receipts=()) for i in range(4))
     idle = tuple(
-        result("b", i, receipts=({"method": "y", "fired": False, "reason": "nothing to do"},))
-        for i in range(4)
+        result("b", i, receipts=({"method": "y", "fired": False, "reason": "nothing to do"},)) for i in range(4)
     )
     plain = tuple(result("plain", i) for i in range(4))
     (frontier,) = analyse(Contents((*plain, *silent, *idle), ()), "tokens")
@@ -169,9 +166,7 @@ def test_partial_results_are_compared_on_what_both_have() -> None:
 def test_groups_are_resampled_together() -> None:
     alone = [result(p, i) for i in range(4) for p in ("plain", "a")]
     grouped = [result(p, i, group=str(i // 2)) for i in range(4) for p in ("plain", "a")]
-    (one,), (two,) = (
-        analyse(Contents(tuple(r), (head(["plain", "a"]),)), "tokens") for r in (alone, grouped)
-    )
+    (one,), (two,) = (analyse(Contents(tuple(r), (head(["plain", "a"]),)), "tokens") for r in (alone, grouped))
     assert two.rows[1].score.n == 2 and one.rows[1].score.n == 4
     assert one.rows[1].mcnemar is not None and two.rows[1].mcnemar is None
 
@@ -227,9 +222,7 @@ async def test_measure_runs_what_is_missing_and_agrees_with_the_file(tmp_path: P
         frontier, outcome = await measure(plans, tasks, engine, "input", store, suite="say")
     assert outcome.done == 10 and frontier.reference.score.value == 1.0
     asked = frontier.rows[1]
-    assert asked.saving is not None and asked.saving.value < 0, (
-        "a longer prompt saves nothing, and the table says so"
-    )
+    assert asked.saving is not None and asked.saving.value < 0, "a longer prompt saves nothing, and the table says so"
     (again,) = load(tmp_path / "r.jsonl", "input")
     assert again.to_dict() == frontier.to_dict()
 

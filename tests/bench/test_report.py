@@ -37,8 +37,7 @@ def made(n: int = 12, suite: str = "sums", text: str | None = EVIL, evil_names: 
         for k, (plan, methods) in enumerate(PLANS.items()):
             spend = Spend(input=100 + 30 * k + i, output=20 + 40 * (k > 1), calls=1)
             receipts = tuple(
-                {"method": m, "fired": (i + k) % 3 > 0, "reason": EVIL, "detail": {"said": EVIL}}
-                for m in methods
+                {"method": m, "fired": (i + k) % 3 > 0, "reason": EVIL, "detail": {"said": EVIL}} for m in methods
             )
             results.append(
                 Result(
@@ -68,8 +67,7 @@ def made(n: int = 12, suite: str = "sums", text: str | None = EVIL, evil_names: 
         "command": f"thrifty frontier {EVIL}",
         "seeds": [0],
         "plans": [
-            {"hash": f"hash-{p}", "name": p, "methods": [{"use": m} for m in methods]}
-            for p, methods in PLANS.items()
+            {"hash": f"hash-{p}", "name": p, "methods": [{"use": m} for m in methods]} for p, methods in PLANS.items()
         ],
     }
     return Contents(tuple(results), (head,))
@@ -115,10 +113,7 @@ def parsed(text: str) -> Reader:
 
 
 def test_the_page_is_well_formed_and_asks_for_nothing() -> None:
-    tasks = {
-        f"t{i}": Task(id=f"task {i}", messages=({"role": "user", "content": EVIL},), gold=EVIL)
-        for i in range(12)
-    }
+    tasks = {f"t{i}": Task(id=f"task {i}", messages=({"role": "user", "content": EVIL},), gold=EVIL) for i in range(12)}
     found = parsed(page([frontier(evil_names=True)], tasks=tasks))
     for tag, attributes in found.tags:
         assert tag not in ("link", "img", "iframe", "object", "embed", "base", "form"), tag
@@ -128,9 +123,7 @@ def test_the_page_is_well_formed_and_asks_for_nothing() -> None:
     policy = next(m["content"] for m in metas if m.get("http-equiv") == "Content-Security-Policy")
     assert policy is not None and policy.startswith("default-src 'none'")
     assert "http" not in policy and "connect-src" not in policy
-    assert [t for t, _ in found.tags].count("script") == 3, (
-        "plotly, the data, ours: nothing that a model wrote"
-    )
+    assert [t for t, _ in found.tags].count("script") == 3, "plotly, the data, ours: nothing that a model wrote"
 
 
 def test_what_models_wrote_is_shown_as_text_and_data_parses() -> None:
@@ -168,9 +161,7 @@ def test_the_picture_has_ink_in_every_panel(tmp_path: Path) -> None:
     import matplotlib.image
     import numpy as np
 
-    picture, html = report.write(
-        [frontier(), frontier(suite="other"), frontier(suite="third")], tmp_path / "out"
-    )
+    picture, html = report.write([frontier(), frontier(suite="other"), frontier(suite="third")], tmp_path / "out")
     assert html.read_text(encoding="utf-8").startswith("<!doctype html>")
     pixels = matplotlib.image.imread(picture)
     height, width = pixels.shape[:2]
@@ -216,9 +207,7 @@ def test_the_table_fits_and_ends_with_what_n_could_not_show(width: int) -> None:
 
 def test_markup_in_a_plans_name_is_not_read(tmp_path: Path) -> None:
     contents = made(3)
-    odd = tuple(
-        r if r.plan != "short" else Result(**{**_fields(r), "plan": "[red]x[/red]"}) for r in contents.results
-    )
+    odd = tuple(r if r.plan != "short" else Result(**{**_fields(r), "plan": "[red]x[/red]"}) for r in contents.results)
     out = io.StringIO()
     report.show(analyse(Contents(odd, contents.heads), "tokens")[0], Console(file=out, width=170))
     assert "[red]x[/red]" in out.getvalue()
@@ -279,10 +268,7 @@ def test_the_catalogue_has_every_method_and_what_was_measured(tmp_path: Path) ->
         method = registry.get(name)
         assert all(f"`{knob}`" in section for knob in method.knobs())
         if name in ("chain-of-draft", "self-consistency"):
-            assert (
-                "on sums, toy bfloat16, n = 40: score" in section
-                and "stacked: chain-of-draft > self-" in section
-            )
+            assert "on sums, toy bfloat16, n = 40: score" in section and "stacked: chain-of-draft > self-" in section
             assert NOT_MEASURED not in section
         else:
             assert NOT_MEASURED in section

@@ -430,9 +430,7 @@ async def test_bad_input_is_refused_before_anything_runs(tmp_path: Path) -> None
 
 
 async def test_a_judge_is_paid_apart(tmp_path: Path) -> None:
-    task = Task(
-        id="j", messages=({"role": "user", "content": "What is 1 plus one?"},), gold="2", scorer="judge"
-    )
+    task = Task(id="j", messages=({"role": "user", "content": "What is 1 plus one?"},), gold="2", scorer="judge")
     judge = ScriptedEngine("VERDICT: 7", model="judge")
     with Store(tmp_path / "r.jsonl") as store:
         outcome = await run([PLANS[0]], [task], {"answer": engine(), "judge": judge}, store)

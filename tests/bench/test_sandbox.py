@@ -297,7 +297,9 @@ def check(done, what):
     if done: raise OSError(f"{what}: {os.strerror(ctypes.get_errno())}")
 """
 
-_NO_NAMESPACES = _PRELUDE + """
+_NO_NAMESPACES = (
+    _PRELUDE
+    + """
 uid, gid = os.geteuid(), os.getegid()
 check(libc.unshare(0x10000000), "unshare")
 for name, text in (("setgroups", "deny"), ("uid_map", f"1000 {uid} 1"), ("gid_map", f"1000 {gid} 1")):
@@ -305,8 +307,11 @@ for name, text in (("setgroups", "deny"), ("uid_map", f"1000 {uid} 1"), ("gid_ma
 open("/proc/sys/user/max_user_namespaces", "w").write("0")
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])  # an ordinary user's exec drops the rights
 """
+)
 
-_ORDINARY_USER = _PRELUDE + """
+_ORDINARY_USER = (
+    _PRELUDE
+    + """
 base, room, *rest = sys.argv[1:]
 check(libc.unshare(0x20000), "unshare")
 check(libc.mount(b"none", b"/", None, 0x44000, None), "private")
@@ -315,6 +320,7 @@ os.setgroups([]); os.setresgid(54321, 54321, 54321); os.setresuid(54321, 54321, 
 python = os.path.join(room, os.path.relpath(os.path.realpath(sys.executable), base))
 os.execve(python, [python, *rest], {"PYTHONPATH": os.environ["PYTHONPATH"], "HOME": "/"})
 """
+)
 
 _SCENARIOS = """
 import asyncio, json, os, sys

@@ -231,9 +231,7 @@ _POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, 
 def test_the_frontier_equals_brute_force(points: list[tuple[int, int]]) -> None:
     scores, costs = zip(*points, strict=True)
     beaten = {
-        i
-        for i, (s, c) in enumerate(points)
-        if any(s2 >= s and c2 <= c and (s2 > s or c2 < c) for s2, c2 in points)
+        i for i, (s, c) in enumerate(points) if any(s2 >= s and c2 <= c and (s2 > s or c2 < c) for s2, c2 in points)
     }
     kept = stats.frontier(scores, costs)
     assert set(kept) == set(range(len(points))) - beaten

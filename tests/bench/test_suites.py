@@ -51,9 +51,7 @@ def test_the_whole_job_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[s
     engine = reader()
     engines = {"answer": engine, "embedder": engine}
     items = [item_of(suite, engines, n=6) for suite in find("demo")]
-    done = study(
-        items, engines, tmp_path, axis="tokens", command="thrifty frontier demo", console=Console(width=170)
-    )
+    done = study(items, engines, tmp_path, axis="tokens", command="thrifty frontier demo", console=Console(width=170))
     assert done.complete and [f.suite for f in done.frontiers] == ["retrieval", "arithmetic"]
     for path in (done.results, done.picture, done.page):
         assert path is not None and path.stat().st_size > 1000

@@ -190,9 +190,7 @@ async def test_a_stream_is_the_whole_answer() -> None:
         deltas.append(delta)
 
     script = Reply("a sto stop b", thinking="hm hm")
-    answer = await ScriptedEngine(script).generate(
-        ask(emit=emit, sampling=Sampling(stop=("stop b",), logprobs=True))
-    )
+    answer = await ScriptedEngine(script).generate(ask(emit=emit, sampling=Sampling(stop=("stop b",), logprobs=True)))
     assert "".join(d.text for d in deltas) == answer.text == "a sto "
     assert "".join(d.thinking for d in deltas) == answer.thinking == "hm hm"
     assert [d.answer is not None for d in deltas] == [False] * (len(deltas) - 1) + [True]

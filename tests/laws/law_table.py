@@ -86,9 +86,7 @@ async def receipt(method: type[Method], kind: str) -> None:
     answer = await world.ask()
     own = world.receipts(answer)
     assert len(own) == 1 and own[0].reason
-    assert own[0].fired, (
-        f"{method.name} did not fire ({own[0].reason}): give world.SETTINGS knobs with which it does"
-    )
+    assert own[0].fired, f"{method.name} did not fire ({own[0].reason}): give world.SETTINGS knobs with which it does"
     bare = World(method, kind)
     own = bare.receipts(await bare.ask(messages=({"role": "user", "content": "Hi"},), context=None))
     assert len(own) == 1 and own[0].reason
@@ -115,9 +113,7 @@ async def sums_stacked(method: type[Method], kind: str) -> None:
             except PlanError:
                 continue
             answer = await world.ask()
-            assert {name, method.name} <= {r.method for r in answer.receipts}, (
-                f"{place} {name}: a receipt is missing"
-            )
+            assert {name, method.name} <= {r.method for r in answer.receipts}, f"{place} {name}: a receipt is missing"
             if not _loses_receipts(world):
                 _sums(world, answer)
             tried += 1

@@ -46,9 +46,7 @@ class Uncounted(PlanAndBudget):
 
     async def rewrite(self, call: Call) -> Call:
         changed = await super().rewrite(call)
-        return replace(
-            changed, receipts=(*changed.receipts[:-1], replace(changed.receipts[-1], spend=Spend()))
-        )
+        return replace(changed, receipts=(*changed.receipts[:-1], replace(changed.receipts[-1], spend=Spend())))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +67,7 @@ class FreeEmbedding(AdaptiveK):
 
     async def rewrite(self, call: Call) -> Call:
         changed = await super().rewrite(call)
-        return replace(
-            changed, receipts=(*changed.receipts[:-1], replace(changed.receipts[-1], spend=Spend()))
-        )
+        return replace(changed, receipts=(*changed.receipts[:-1], replace(changed.receipts[-1], spend=Spend())))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,9 +23,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "law", "kind"), [pytest.param(*r, id=f"{r[0]}-{r[1].name}-{r[2]}") for r in ROWS]
-)
+@pytest.mark.parametrize(("name", "law", "kind"), [pytest.param(*r, id=f"{r[0]}-{r[1].name}-{r[2]}") for r in ROWS])
 async def test_law(name: str, law: Law, kind: str) -> None:
     method = registry.get(name)
     reason = law.applies(method)
@@ -42,16 +40,11 @@ async def test_law(name: str, law: Law, kind: str) -> None:
 def test_every_method_has_a_law_run(name: str) -> None:
     method = registry.get(name)
     assert engines_for(method), f"{name} runs on no engine of the table: add one to world.ENGINES"
-    assert sum(law.applies(method) is None for law in LAWS) >= len(LAWS) - 5, (
-        f"{name} is skipped by too many laws"
-    )
+    assert sum(law.applies(method) is None for law in LAWS) >= len(LAWS) - 5, f"{name} is skipped by too many laws"
 
 
 def test_the_catalogue_gets_what_was_skipped() -> None:
-    table = {
-        name: {law.name: law.applies(registry.get(name)) or "runs" for law in LAWS}
-        for name in registry.names()
-    }
+    table = {name: {law.name: law.applies(registry.get(name)) or "runs" for law in LAWS} for name in registry.names()}
     assert all("NO REASON GIVEN" not in reason for laws in table.values() for reason in laws.values())
     out = Path(__file__).parents[2] / "out" / "laws.json"
     out.parent.mkdir(exist_ok=True)

@@ -64,9 +64,7 @@ def speak(call: Call, draw: Draw) -> Reply:
     if "in order; an easy question" in text:
         return Reply("1. Where is the code? (notes)\n2. What does it say? (read)")
     words = ["so"] * draw.randint(2, 20)
-    return Reply(
-        " ".join(words) + f" #### {draw.choice(['42', '42', '7'])}", thinking="hm " * draw.randint(1, 6)
-    )
+    return Reply(" ".join(words) + f" #### {draw.choice(['42', '42', '7'])}", thinking="hm " * draw.randint(1, 6))
 
 
 class Recorded:
@@ -97,9 +95,7 @@ def tiny_model() -> Any:
     from thrifty.engines.local.engine import LocalEngine
 
     with tempfile.TemporaryDirectory(prefix="thrifty-laws-") as folder:
-        return LocalEngine.load(
-            make_folder(Path(folder) / "tiny", positions=4096), dtype="float32", deterministic=True
-        )
+        return LocalEngine.load(make_folder(Path(folder) / "tiny", positions=4096), dtype="float32", deterministic=True)
 
 
 TINY = "tiny model"
@@ -153,9 +149,7 @@ class World:
         sampling = Sampling(seed=5, temperature=0.5)
         if self.kind == TINY:  # it never ends by itself: a letter that it says often is its end
             sampling = replace(sampling, max_tokens=12, stop=STOPS)
-        return replace(
-            self.pipeline.call(QUESTION, self.account, context=PASSAGES, sampling=sampling), **changes
-        )
+        return replace(self.pipeline.call(QUESTION, self.account, context=PASSAGES, sampling=sampling), **changes)
 
     def rich_call(self) -> Call:
         """A call with an image, tools, and fields that Thrifty does not know."""
@@ -179,9 +173,7 @@ class World:
 
     def entered(self, method: str | None = None) -> Spend:
         """The sum of the ledger's entries: all, or those under one method's name."""
-        return total_spend(
-            e.spend for e in self.ledger.entries() if method is None or e.labels.method == method
-        )
+        return total_spend(e.spend for e in self.ledger.entries() if method is None or e.labels.method == method)
 
 
 async def turns(n: int, kind: str) -> None:

@@ -91,9 +91,7 @@ def test_orphans_are_settled_once_though_many_open_at_once(tmp_path: Path) -> No
         "import sys; from thrifty.ledger import open_ledger\n"
         "sys.stdin.readline(); open_ledger(sys.argv[1], key=b'k' * 32).close()"
     )
-    openers = [
-        subprocess.Popen([sys.executable, "-c", program, path], stdin=subprocess.PIPE) for _ in range(4)
-    ]
+    openers = [subprocess.Popen([sys.executable, "-c", program, path], stdin=subprocess.PIPE) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:  # all at once
         codes = list(pool.map(lambda p: (p.communicate(b"go\n"), p.returncode)[1], openers))
     assert codes == [0, 0, 0, 0]

@@ -311,5 +311,3 @@ def test_a_damaged_database_is_one_clear_line(ledger: tuple[Path, Path]) -> None
     with pytest.raises(LedgerError, match="damaged|cannot be opened") as caught:
         verify(path)
     assert "\n" not in str(caught.value)
-
-

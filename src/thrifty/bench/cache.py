@@ -172,9 +172,7 @@ class CachingEngine:
     """An engine as one plan sees it on one example. `generate` and `embed` share; `open` passes through,
     counted."""
 
-    def __init__(
-        self, engine: Engine, cache: GenerationCache, tally: Tally, *, seed: int = 0, sample: int = 0
-    ) -> None:
+    def __init__(self, engine: Engine, cache: GenerationCache, tally: Tally, *, seed: int = 0, sample: int = 0) -> None:
         self.inner, self.cache, self.tally = engine, cache, tally
         self.name, self.model, self.dtype = engine.name, engine.model, engine.dtype
         self.capabilities = engine.capabilities
@@ -276,9 +274,7 @@ class CachingEngine:
         """Settles a replay on the plan's account; None when that does not allow it, so that the engine
         decides."""
         try:
-            hold = account.hold(
-                shared.spend, replace(shared.work, kv_bytes_peak=0, kv_bytes_mean=0.0), keep=keep
-            )
+            hold = account.hold(shared.spend, replace(shared.work, kv_bytes_peak=0, kv_bytes_mean=0.0), keep=keep)
         except BudgetExceeded:
             return None
         names = asdict(replace(labels, engine=self.name, model=self.model))

@@ -86,9 +86,7 @@ def effect(name: str, results: str | Path) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the page; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m thrifty.bench.catalogue", description="Writes the catalogue page."
-    )
+    parser = argparse.ArgumentParser(prog="python -m thrifty.bench.catalogue", description="Writes the catalogue page.")
     parser.add_argument("results", help="folder with SUITE/MODEL.jsonl.gz")
     parser.add_argument("page", help="Markdown file to write")
     parser.add_argument("--laws", help="JSON file that the law table wrote")
@@ -164,9 +162,7 @@ def _section(method: type[Method], found: Sequence[Measured], laws: Mapping[str,
         lines.append(NOT_MEASURED)
     lines.append("")
     if laws:
-        skipped = {
-            law: told.partition(":")[2].strip() for law, told in laws.items() if told.startswith("skipped")
-        }
+        skipped = {law: told.partition(":")[2].strip() for law, told in laws.items() if told.startswith("skipped")}
         held = sum(not told.startswith("skipped") for told in laws.values())
         lines.append(f"Laws: {held} run" + (", skipped:" if skipped else "."))
         if skipped:

@@ -46,15 +46,11 @@ def write(contents: Contents, folder: str | Path) -> list[Path]:
         part = compact(contents, suite, engine)
         path = Path(folder) / file_name(suite) / f"{file_name(model_of(part.heads, engine))}.jsonl.gz"
         if path in made:
-            raise InvalidInput(
-                f"two engines of these results share the file {path}: split the results by engine"
-            )
+            raise InvalidInput(f"two engines of these results share the file {path}: split the results by engine")
         made[path] = pack(part)
         size = len(made[path])
         if size > MOST_BYTES:
-            raise InvalidInput(
-                f"{path} would have {size:,} bytes; {MOST_BYTES:,} are allowed: use fewer examples"
-            )
+            raise InvalidInput(f"{path} would have {size:,} bytes; {MOST_BYTES:,} are allowed: use fewer examples")
     for path, data in made.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(f"{path.name}.new")

@@ -171,9 +171,7 @@ def analyse(
     for name in names:
         of_suite = [r for r in contents.results if r.suite == name]
         for engine in dict.fromkeys(r.engine for r in of_suite):
-            heads = tuple(
-                h for h in contents.heads if h.get("suite") == name and h.get("engine", engine) == engine
-            )
+            heads = tuple(h for h in contents.heads if h.get("suite") == name and h.get("engine", engine) == engine)
             some = [r for r in of_suite if r.engine == engine]
             frontier = _frontier(name, engine, some, heads, plans, axis, seed)
             if frontier is not None:
@@ -206,9 +204,7 @@ def _frontier(
     order = [h for h in order if finished[h]]
     base = {example_of(r): r for r in finished[order[0]]}
     if axis == "usd" and not priced(ordered):
-        raise InvalidInput(
-            "no result has a price: name another axis, such as tokens, or run with a price table"
-        )
+        raise InvalidInput("no result has a price: name another axis, such as tokens, or run with a price table")
     rows = []
     for plan_hash in order:
         failed = sum(r.plan_hash == plan_hash and r.score is None for r in results)

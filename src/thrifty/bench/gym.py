@@ -65,6 +65,7 @@ def entry_of(scorer_settings: Mapping[str, Any]) -> dict[str, Any]:
 
 # --- the arithmetic suite ---
 
+
 @dataclasses.dataclass(frozen=True)
 class Level:
     """One difficulty: the generator, its settings, and how its entry is asked (`{...}` from its metadata).

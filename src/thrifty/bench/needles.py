@@ -144,9 +144,7 @@ def _draw(rng: random.Random, n: int) -> tuple[list[str], list[str], list[str]]:
     return keys, numbers, [f"The special magic number for {key} is {number}." for key, number in pairs]
 
 
-def _task(
-    ident: str, plan: _Plan, length: int, hay: _Hay, count: Count, rng: random.Random, prefix: bool
-) -> Task:
+def _task(ident: str, plan: _Plan, length: int, hay: _Hay, count: Count, rng: random.Random, prefix: bool) -> Task:
     sentences = [*plan.targets, *plan.distractors]
     passages = _run(hay, length - sum(count(f" {sentence}") for sentence in sentences), rng)
     while True:
@@ -232,9 +230,7 @@ def _run(hay: _Hay, tokens: int, rng: random.Random) -> list[str]:
         used += size + 1
 
 
-def _plant(
-    passages: Sequence[str], sentences: Sequence[str], rng: random.Random
-) -> tuple[list[str], list[int]]:
+def _plant(passages: Sequence[str], sentences: Sequence[str], rng: random.Random) -> tuple[list[str], list[int]]:
     """The passages with each sentence in one of them, and which one each sentence went to."""
     context = list(passages)
     places = rng.sample(range(len(context)), min(len(context), len(sentences)))

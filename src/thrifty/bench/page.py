@@ -210,9 +210,7 @@ def _what_was_run(frontier: Frontier) -> str:
         ("versions", head.get("versions")),
         ("machine", head.get("machine")),
     ]
-    listed = "".join(
-        f"<dt>{_e(name)}</dt><dd>{_value(value)}</dd>" for name, value in facts if value not in (None, "")
-    )
+    listed = "".join(f"<dt>{_e(name)}</dt><dd>{_value(value)}</dd>" for name, value in facts if value not in (None, ""))
     plans = "".join(
         f"<h3>{_e(str(plan.get('name')))} <small>{_e(str(plan.get('hash')))}</small></h3><pre>{_e(_toml(plan))}</pre>"
         for plan in head.get("plans", ())
@@ -304,9 +302,4 @@ def _cut(text: str) -> str:
 
 def _json(value: Any) -> str:
     """JSON that cannot end its script element."""
-    return (
-        json.dumps(value, allow_nan=False)
-        .replace("<", "\\u003c")
-        .replace(">", "\\u003e")
-        .replace("&", "\\u0026")
-    )
+    return json.dumps(value, allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -59,9 +59,7 @@ def _panel(panel: Any, frontier: Frontier) -> None:
         panel.errorbar(
             words.shown(row.axis.value, frontier.axis),
             row.score.value,
-            xerr=_arms(
-                *(words.shown(v, frontier.axis) for v in (row.axis.value, row.axis.low, row.axis.high))
-            ),
+            xerr=_arms(*(words.shown(v, frontier.axis) for v in (row.axis.value, row.axis.low, row.axis.high))),
             yerr=_arms(row.score.value, row.score.low, row.score.high),
             fmt=marker,
             color=color,
@@ -78,9 +76,7 @@ def _panel(panel: Any, frontier: Frontier) -> None:
         Line2D([], [], color=REFERENCE, linewidth=0, marker="s", label="reference"),
     ]
     # Below the panel, where it covers nothing.
-    panel.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False, fontsize=9
-    )
+    panel.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False, fontsize=9)
     reference = frontier.reference
     panel.set_title(f"{frontier.suite}, {frontier.model}, n = {reference.n}", fontsize=11)
     panel.set_xlabel(f"{words.axis_name(frontier.axis)} (less is better)")
@@ -115,9 +111,7 @@ def _labels(figure: Any, panel: Any, frontier: Frontier) -> None:
     inside = panel.get_window_extent(renderer)
     scale = figure.dpi / 72
     points = {r.plan: panel.transData.transform(_place(r, frontier)) for r in frontier.rows}
-    taken = [
-        Bbox.from_bounds(x - 6 * scale, y - 6 * scale, 12 * scale, 12 * scale) for x, y in points.values()
-    ]
+    taken = [Bbox.from_bounds(x - 6 * scale, y - 6 * scale, 12 * scale, 12 * scale) for x, y in points.values()]
     arms = [_arm_boxes(panel, row, frontier.axis, scale) for row in frontier.rows]
     arms.append(_join_boxes(panel, frontier, scale))
     for row in sorted(frontier.rows, key=lambda r: -points[r.plan][1]):

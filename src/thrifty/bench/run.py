@@ -268,9 +268,7 @@ class _Bench:
             sample=job.sample,
             finish=answer.finish if answer else "budget" if isinstance(error, BudgetExceeded) else "error",
             spend=tally.spend(),
-            work=replace(
-                tally.work(), kv_bytes_peak=max(tally.work().kv_bytes_peak, alone.work.kv_bytes_peak)
-            ),
+            work=replace(tally.work(), kv_bytes_peak=max(tally.work().kv_bytes_peak, alone.work.kv_bytes_peak)),
             incurred=paid,
             incurred_work=paid_work,
             roles=tally.by_role(),

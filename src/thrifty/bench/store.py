@@ -123,9 +123,7 @@ class Result:
         except (TypeError, AttributeError) as error:
             raise InvalidInput(f"no result line: {error}") from error
         score = result.score
-        if score is not None and (
-            isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1
-        ):
+        if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1):
             raise InvalidInput(f"no result line: score {score!r} is not in [0, 1]")
         return result
 
@@ -251,9 +249,7 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
     def _write(self, data: Mapping[str, Any]) -> None:
@@ -312,9 +308,7 @@ def _parse(data: bytes, name: str) -> tuple[Contents, int]:
             good = stop
         start = stop
     if not good and data and not _looks_ours(data):
-        raise InvalidInput(
-            f"{name}:1: {broken[1] if broken else 'empty'}: not a results file; give another path"
-        )
+        raise InvalidInput(f"{name}:1: {broken[1] if broken else 'empty'}: not a results file; give another path")
     return Contents(tuple(results.values()), tuple(heads), len(data) - good), good
 
 

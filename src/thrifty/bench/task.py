@@ -296,9 +296,7 @@ def suite(
     raise InvalidInput(nearest(name, suites(), "suite"))
 
 
-def _checked(
-    function: Callable[..., Any], given: dict[str, Any], taken: tuple[str, ...], name: str
-) -> dict[str, Any]:
+def _checked(function: Callable[..., Any], given: dict[str, Any], taken: tuple[str, ...], name: str) -> dict[str, Any]:
     import inspect
 
     known = [p for p in inspect.signature(function).parameters if p not in taken]

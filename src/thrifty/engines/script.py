@@ -33,11 +33,7 @@ class Draw(random.Random):
 
 
 Script: TypeAlias = (
-    str
-    | Reply
-    | Callable[[Call, Draw], "str | Reply"]
-    | Mapping[str, "str | Reply"]
-    | Sequence["str | Reply"]
+    str | Reply | Callable[[Call, Draw], "str | Reply"] | Mapping[str, "str | Reply"] | Sequence["str | Reply"]
 )
 """A reply to everything; a function of the rendered call; replies by a substring of the rendered messages and prefix
 (the first that fits, "" fits all); or replies given out in order."""

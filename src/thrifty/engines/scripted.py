@@ -232,9 +232,7 @@ class ScriptedBranch(Generation):
 
     engine: ScriptedEngine
 
-    def __init__(
-        self, call: Call, engine: ScriptedEngine, tab: Tab, reply: Reply, limit: int | None = None
-    ) -> None:
+    def __init__(self, call: Call, engine: ScriptedEngine, tab: Tab, reply: Reply, limit: int | None = None) -> None:
         super().__init__(call, engine, engine.words, tab, limit=limit)
         self.entropy: float | None = None
         self._read(reply)
@@ -287,9 +285,7 @@ class ScriptedBranch(Generation):
 
     # -- details -----------------------------------------------------------------------------------------------
 
-    def _twin(
-        self, seed: int | None, limit: int | None, labels: Labels | None, reply: Reply | None
-    ) -> ScriptedBranch:
+    def _twin(self, seed: int | None, limit: int | None, labels: Labels | None, reply: Reply | None) -> ScriptedBranch:
         if self.closed:
             raise InvalidInput("a closed branch cannot be forked: fork it before it is closed")
         shared = self.tab.prompt.input + self.output

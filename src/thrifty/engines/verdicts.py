@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from thrifty.call import Branch
 
 
-def decide(
-    policies: Sequence[Policy], branch: Branch, token: int, overruled: list[Overruled]
-) -> tuple[Verdict, str]:
+def decide(policies: Sequence[Policy], branch: Branch, token: int, overruled: list[Overruled]) -> tuple[Verdict, str]:
     """Asks every decode policy about `token`, in plan order: the winning verdict and its method's name.
 
     Stop > Force > Probe > Feed > Continue; of equals the first wins. Losing verdicts are added to `overruled`.

@@ -158,9 +158,7 @@ class Checkpoint:
         return data
 
 
-def make_checkpoint(
-    key: Key, ledger: str, number: int, before: str, at: int, heads: Sequence[Head]
-) -> Checkpoint:
+def make_checkpoint(key: Key, ledger: str, number: int, before: str, at: int, heads: Sequence[Head]) -> Checkpoint:
     """Signs heads."""
     body = canonical({"ledger": ledger, "number": number, "before": before, "at": at, "heads": list(heads)})
     return Checkpoint(number, body.decode(), key.algorithm, key.id, key.sign(body))

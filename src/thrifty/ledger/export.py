@@ -64,9 +64,7 @@ def export(
     return count
 
 
-def _rows(
-    ledger: Exportable, since: When, until: When, where: Mapping[str, str] | None
-) -> Iterator[tuple[Any, ...]]:
+def _rows(ledger: Exportable, since: When, until: When, where: Mapping[str, str] | None) -> Iterator[tuple[Any, ...]]:
     records = getattr(ledger, "records", None)
     if records is not None:
         yield from records(since, until, where)

@@ -312,7 +312,7 @@ async def test_forcing_takes_back_an_end_of_the_models_choosing(tiny_engine: Loc
     answer = await tiny_engine.generate(ask("v", EndNow()))
     tokens = list(answer.tokens or ())
     forced = tiny_engine.codec.encode("Wait")
-    assert tokens[2:] [: 1 + len(forced)] == [0, *forced]
+    assert tokens[2:][: 1 + len(forced)] == [0, *forced]
     prompt = tiny_engine.prompter(ask("v")).tokens
     # the end token was drawn and billed, but never read
     assert tokens[3 + len(forced)] == int(stock_logits(stock, prompt + tokens[:2] + forced).argmax())

@@ -94,9 +94,7 @@ async def test_deterministic_rows_run_alone(tiny_parts: Any) -> None:
 async def test_cancelling_in_mid_run_settles_once_and_leaves_nothing(tiny_engine: LocalEngine) -> None:
     book = Book()
     account = Account("t", Budget(output=100_000), ledger=book)
-    tasks = [
-        asyncio.create_task(tiny_engine.generate(ask("c" * i, account, max_tokens=400))) for i in range(1, 11)
-    ]
+    tasks = [asyncio.create_task(tiny_engine.generate(ask("c" * i, account, max_tokens=400))) for i in range(1, 11)]
     while account.held.get("output", 0) < 10 * 64 or tiny_engine.scheduler.rows < 40:
         await asyncio.sleep(0.001)
     for task in tasks[::2]:

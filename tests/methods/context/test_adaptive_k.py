@@ -75,9 +75,7 @@ def test_2diff_spike_is_the_first_turn(scores: list[float], a: float, b: float) 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 5))
-def test_one_planted_gap_is_found_by_every_strategy(
-    strategy: str, above: int, below: int, buffer: int
-) -> None:
+def test_one_planted_gap_is_found_by_every_strategy(strategy: str, above: int, below: int, buffer: int) -> None:
     """Offsets are added back: the gap after rank `above` gives `above` passages, and the buffer."""
     n = above + below
     scores = [1 - i / 1024 for i in range(above)] + [0.25 - i / 1024 for i in range(below)]
@@ -87,9 +85,7 @@ def test_one_planted_gap_is_found_by_every_strategy(
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(falling, st.sampled_from([0.5, 2.0, 4.0]), st.integers(-8, 8))
-def test_affine_rescaling_changes_nothing(
-    strategy: str, scores: list[float], scale: float, shift: int
-) -> None:
+def test_affine_rescaling_changes_nothing(strategy: str, scores: list[float], scale: float, shift: int) -> None:
     assert cut([s * scale + shift for s in scores], strategy=strategy) == cut(scores, strategy=strategy)
 
 

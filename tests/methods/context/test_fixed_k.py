@@ -19,9 +19,7 @@ from thrifty.methods.context.fixed_k import FixedK
 def cosine(a: str, b: str) -> float:
     """Cosine of two bags of words, by hand."""
     x, y = (Counter(re.findall(r"\w+", t.lower())) for t in (a, b))
-    return sum(x[w] * y[w] for w in x) / math.sqrt(
-        sum(v * v for v in x.values()) * sum(v * v for v in y.values())
-    )
+    return sum(x[w] * y[w] for w in x) / math.sqrt(sum(v * v for v in x.values()) * sum(v * v for v in y.values()))
 
 
 def world(method: FixedK, budget: Budget | None = None, on_exceed: str = "degrade"):  # type: ignore[no-untyped-def]
@@ -63,11 +61,7 @@ async def test_equal_scores_go_to_the_earlier_passage() -> None:
 async def test_k_or_fewer_embed_nothing() -> None:
     engine, pipeline, account = world(FixedK(k=3))
     answer = await pipeline.ask("ash", account, context=("a", "b", "c"))
-    assert (
-        answer.spend.calls == 1
-        and not answer.receipts[0].fired
-        and engine.calls[-1].context == ("a", "b", "c")
-    )
+    assert answer.spend.calls == 1 and not answer.receipts[0].fired and engine.calls[-1].context == ("a", "b", "c")
 
 
 async def test_a_budget_without_room_keeps_all_or_refuses() -> None:

@@ -24,12 +24,7 @@ def test_first_and_last_keep_the_longest_run_that_fits(parts: list[int], most: i
 @given(lengths, st.integers(0, 100))
 def test_middle_out_keeps_both_ends_and_as_much_as_fits(parts: list[int], most: int) -> None:
     n = len(parts)
-    ends = [
-        (h, t)
-        for h in range(n + 1)
-        for t in range(n + 1 - h)
-        if h - t in (0, 1) or h + t == n and abs(h - t) <= 1
-    ]
+    ends = [(h, t) for h in range(n + 1) for t in range(n + 1 - h) if h - t in (0, 1) or h + t == n and abs(h - t) <= 1]
     ends.sort(key=lambda e: e[0] + e[1])
     best = (0, 0)
     for head, tail in ends:

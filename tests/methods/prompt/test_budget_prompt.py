@@ -22,9 +22,7 @@ def test_instruction(limit: int, unit: str, said: str) -> None:
 
 async def test_it_speaks_in_the_system_message_and_counts_itself() -> None:
     engine = ScriptedEngine("yes")
-    call = Call(
-        ({"role": "user", "content": "Is it?"},), Account("t"), context=("One.",), engines={"answer": engine}
-    )
+    call = Call(({"role": "user", "content": "Is it?"},), Account("t"), context=("One.",), engines={"answer": engine})
     changed = await BudgetPrompt(words=7).rewrite(call)
     assert changed.messages == ({"role": "system", "content": instruction(7)}, *call.messages)
     assert changed.context == call.context

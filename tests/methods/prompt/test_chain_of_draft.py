@@ -49,14 +49,10 @@ async def test_exemplars_as_turns() -> None:
 
 @pytest.mark.parametrize("content", ["Be kind.", [{"type": "text", "text": "Be kind."}]])
 async def test_a_system_message_stays(content: object) -> None:
-    call = Call(
-        ({"role": "system", "content": content, "x": 1}, {"role": "user", "content": "Hi"}), Account("t")
-    )
+    call = Call(({"role": "system", "content": content, "x": 1}, {"role": "user", "content": "Hi"}), Account("t"))
     system = (await ChainOfDraft(shots=0).rewrite(call)).messages[0]
     told = system_prompt()
-    expected = (
-        f"Be kind.\n\n{told}" if isinstance(content, str) else [*content, {"type": "text", "text": told}]
-    )  # type: ignore[misc]
+    expected = f"Be kind.\n\n{told}" if isinstance(content, str) else [*content, {"type": "text", "text": told}]  # type: ignore[misc]
     assert system == {"role": "system", "content": expected, "x": 1}
 
 
@@ -84,11 +80,7 @@ def test_compliance_counted_by_hand(draft: str, words: int, expected: Compliance
     assert compliance(draft, words) == expected
 
 
-@given(
-    st.lists(
-        st.lists(st.sampled_from(["12", "x", "eggs", "left"]), min_size=1, max_size=8), min_size=1, max_size=6
-    )
-)
+@given(st.lists(st.lists(st.sampled_from(["12", "x", "eggs", "left"]), min_size=1, max_size=8), min_size=1, max_size=6))
 def test_compliance_of_drafts_whose_counts_are_known(steps: list[list[str]]) -> None:
     draft = "; ".join(" + ".join(step) for step in steps) + " #### 8"
     counts = [len(step) for step in steps]

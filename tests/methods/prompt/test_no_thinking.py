@@ -30,9 +30,7 @@ class Tokenizing(ScriptedEngine):
 
 
 def call_on(engine: ScriptedEngine) -> Call:
-    return Call(
-        ({"role": "user", "content": "Why?"},), Account("t"), engines={"answer": engine}, prefix="Because"
-    )
+    return Call(({"role": "user", "content": "Why?"},), Account("t"), engines={"answer": engine}, prefix="Because")
 
 
 async def test_the_papers_block_goes_before_the_calls_prefix() -> None:

@@ -107,9 +107,7 @@ def test_bam_equals_a_brute_force_grid() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.floats(0.2, 20), st.floats(0.2, 3)), min_size=2, max_size=4), st.floats(10, 500))
-def test_bam_with_mixed_exponents_against_a_numeric_optimum(
-    parts: list[tuple[float, float]], total: float
-) -> None:
+def test_bam_with_mixed_exponents_against_a_numeric_optimum(parts: list[tuple[float, float]], total: float) -> None:
     c, a = [p[0] for p in parts], [p[1] for p in parts]
     ours = bam(c, a, total)
     assert sum(ours) == pytest.approx(total) and min(ours) > 0
@@ -168,8 +166,7 @@ def test_the_solving_prompt_says_each_budget() -> None:
     said = solve_prompt(Outline(4, ("Add.", "Halve."), (50, 50)), [12, 1])
     assert "difficulty 4 of 5" in said
     assert (
-        "1. Add. Think little: use at most 12 words for this step.\n2. Halve. Think little: use at most 1 word"
-        in said
+        "1. Add. Think little: use at most 12 words for this step.\n2. Halve. Think little: use at most 1 word" in said
     )
 
 

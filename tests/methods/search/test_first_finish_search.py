@@ -109,9 +109,7 @@ async def test_ffs_at_k_bills_each_row_up_to_the_kth_finish(lengths: list[int], 
 
 
 @pytest.mark.parametrize("branches", [True, False])
-@pytest.mark.parametrize(
-    "false_finish", [Reply("w w", finish="length"), Reply("", thinking="hm hm"), Reply("  ")]
-)
+@pytest.mark.parametrize("false_finish", [Reply("w w", finish="length"), Reply("", thinking="hm hm"), Reply("  ")])
 async def test_what_is_no_finish(branches: bool, false_finish: Reply) -> None:
     """A truncated row, one that ends inside its thinking, one that says nothing."""
     engine, pipeline, account = world([false_finish, words(9, "yes"), words(30)], branches=branches)
@@ -263,9 +261,7 @@ def test_the_minimum_of_normals_from_tables(n: int, exact: float) -> None:
 
 def test_the_minimum_of_many_normals_against_quadrature() -> None:
     for n in (8, 64, 256):
-        mean, _ = integrate.quad(
-            lambda x, n=n: n * x * stats.norm.pdf(x) * stats.norm.sf(x) ** (n - 1), -12, 12
-        )
+        mean, _ = integrate.quad(lambda x, n=n: n * x * stats.norm.pdf(x) * stats.norm.sf(x) ** (n - 1), -12, 12)
         assert normal_minimum(n) == pytest.approx(mean, abs=1e-8)
 
 
@@ -286,9 +282,7 @@ def test_the_resampled_pilot_meets_the_normal_law(
     lengths = np.where(correct, rng.normal(*right, 20_000), rng.normal(*wrong, 20_000))
     traces = list(zip(lengths.tolist(), correct.tolist(), strict=True))
     for n in (1, 4, 8):
-        assert p_correct_normal(p, right, wrong, n) == pytest.approx(
-            p_correct_shortest(traces, n).correct, abs=0.025
-        )
+        assert p_correct_normal(p, right, wrong, n) == pytest.approx(p_correct_shortest(traces, n).correct, abs=0.025)
 
 
 def test_equal_laws_give_no_gain_and_wide_wrong_lengths_a_loss() -> None:
@@ -304,9 +298,7 @@ async def test_a_race_with_equal_length_laws_is_as_right_as_one_sample() -> None
     """Over 200 seeds the winner is right as often as a single sample, within four standard errors."""
     right: dict[str, int] = defaultdict(int)
     for seed in range(200):
-        engine = ScriptedEngine(
-            lambda c, d: words(d.randint(3, 9), "#### " + ("yes" if d.random() < 0.6 else "no"))
-        )
+        engine = ScriptedEngine(lambda c, d: words(d.randint(3, 9), "#### " + ("yes" if d.random() < 0.6 else "no")))
         pipeline = Plan("ffs", (FirstFinishSearch(),)).build(engine)
         answer = await pipeline.ask("q", sampling=Sampling(seed=random.Random(seed).getrandbits(30)))
         right[answer.text.split()[-1]] += 1

@@ -17,18 +17,14 @@ from thrifty.methods.search.self_consistency import SelfConsistency, beta_confid
 
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_beta_against_scipy(first: int, second: int) -> None:
-    assert beta_confidence(first, second) == pytest.approx(
-        stats.beta.sf(0.5, first + 1, second + 1), rel=1e-10
-    )
+    assert beta_confidence(first, second) == pytest.approx(stats.beta.sf(0.5, first + 1, second + 1), rel=1e-10)
 
 
 @given(st.integers(0, 30), st.integers(0, 30))
 @settings(max_examples=25, deadline=None)
 def test_dirichlet_of_two_answers_is_beta(first: int, second: int) -> None:
     if first >= 1:
-        assert dirichlet_confidence([first, second]) == pytest.approx(
-            beta_confidence(first, second), abs=1e-6
-        )
+        assert dirichlet_confidence([first, second]) == pytest.approx(beta_confidence(first, second), abs=1e-6)
 
 
 @pytest.mark.parametrize("votes", [[3, 1, 1], [5, 4, 2, 1], [2, 2, 2], [12, 6, 1]])
@@ -42,9 +38,7 @@ def test_one_vote_is_not_certain() -> None:
     assert dirichlet_confidence([1]) == pytest.approx(beta_confidence(1, 0)) == 0.75
 
 
-def world(
-    replies: list[str | Reply], budget: Budget | None = None, on_exceed: str = "degrade", **knobs: object
-):  # type: ignore[no-untyped-def]
+def world(replies: list[str | Reply], budget: Budget | None = None, on_exceed: str = "degrade", **knobs: object):  # type: ignore[no-untyped-def]
     engine = ScriptedEngine(replies)
     plan = Plan("sc", (SelfConsistency(**knobs),), budget or Budget(), on_exceed=on_exceed)  # type: ignore[arg-type]
     return engine, plan.build(engine), Account("t", ledger=MemoryLedger())

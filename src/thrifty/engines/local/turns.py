@@ -25,9 +25,7 @@ class Turn:
 
     __slots__ = ("branch", "left", "told", "each", "probe", "over", "running")
 
-    def __init__(
-        self, branch: LocalBranch, left: int, told: Told, each: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, branch: LocalBranch, left: int, told: Told, each: Callable[[], None] | None = None) -> None:
         self.branch, self.left, self.told, self.each = branch, left, told, each
         self.probe: Probe | None = None
         """while one runs, this turn waits for it"""

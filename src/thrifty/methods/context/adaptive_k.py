@@ -38,16 +38,12 @@ class AdaptiveK(Rewrite):
 
     strategy: str = knob("largest_gap", "how the cut is found", choices=STRATEGIES)
     buffer: int = knob(5, "passages kept beyond the cut", low=0, high=1_000_000)
-    buffer_factor: float = knob(
-        0.0, "multiplies the cut in the place of `buffer`; 0: not used", low=0.0, high=1000.0
-    )
+    buffer_factor: float = knob(0.0, "multiplies the cut in the place of `buffer`; 0: not used", low=0.0, high=1000.0)
     ignore_extreme: float = knob(0.0, "share of the gaps not searched at the top", low=0.0, high=0.99)
     ignore_tail: float = knob(0.1, "share of the gaps not searched at the end", low=0.0, high=0.99)
     window: int = knob(3, "scores averaged by moving_avg", low=1, high=1000)
     order: str = knob("document", "order of the kept passages", choices=("document", "rank"))
-    over: int = knob(
-        512, "cut a user message into paragraphs when it has more tokens", low=1, high=10_000_000
-    )
+    over: int = knob(512, "cut a user message into paragraphs when it has more tokens", low=1, high=10_000_000)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,9 +72,7 @@ class AdaptiveK(Rewrite):
         except BudgetExceeded as error:
             if call.on_exceed == "refuse":
                 raise
-            return unfired(
-                f"the budget cannot hold the embedding of {n} passages ({error.resource}): all kept"
-            )
+            return unfired(f"the budget cannot hold the embedding of {n} passages ({error.resource}): all kept")
         order = ranked(scored.scores)
         k = choose(
             [scored.scores[i] for i in order],
@@ -92,9 +86,7 @@ class AdaptiveK(Rewrite):
         kept = order[:k] if self.order == "rank" else sorted(order[:k])
         changed = found.keep(call, kept)
         fired = kept != list(range(n)) if found.source is None else k < n
-        return changed.with_receipt(
-            self._receipt(fired, k, n, before, prompt_tokens(changed), scored.spend, kept)
-        )
+        return changed.with_receipt(self._receipt(fired, k, n, before, prompt_tokens(changed), scored.spend, kept))
 
     def _receipt(
         self,
@@ -159,22 +151,16 @@ def cut(
       first local steepest gap; largest_gap where there is none."""
     if strategy not in STRATEGIES:
         raise InvalidInput(f"strategy {strategy!r}: one of {', '.join(STRATEGIES)} is needed")
-    if not all(math.isfinite(s) for s in scores) or any(
-        b > a for a, b in zip(scores, scores[1:], strict=False)
-    ):
+    if not all(math.isfinite(s) for s in scores) or any(b > a for a, b in zip(scores, scores[1:], strict=False)):
         raise InvalidInput("scores must be finite numbers in falling order: sort them first")
     gaps = [b - a for a, b in zip(scores, scores[1:], strict=False)]
     start = int(len(gaps) * ignore_extreme)
     stop = len(gaps) - int(len(gaps) * ignore_tail)
     if start >= stop:
-        raise InvalidInput(
-            f"ignore_extreme {ignore_extreme:g} and ignore_tail {ignore_tail:g} leave no gap to search"
-        )
+        raise InvalidInput(f"ignore_extreme {ignore_extreme:g} and ignore_tail {ignore_tail:g} leave no gap to search")
     if strategy == "moving_avg":
         w = min(window, stop - start)
-        at = _steepest(
-            [scores[j + w] - scores[j] for j in range(start, stop - w + 1)], 0, stop - start - w + 1
-        )
+        at = _steepest([scores[j + w] - scores[j] for j in range(start, stop - w + 1)], 0, stop - start - w + 1)
         return _steepest(gaps, start + at, start + at + w)
     if strategy == "2diff_spike":
         was_negative = False

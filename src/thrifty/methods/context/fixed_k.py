@@ -25,9 +25,7 @@ class FixedK(Rewrite):
 
     k: int = knob(5, "passages to keep", low=1, high=1_000_000, log=True)
     order: str = knob("document", "order of the kept passages", choices=("document", "rank"))
-    over: int = knob(
-        512, "cut a user message into paragraphs when it has more tokens", low=1, high=10_000_000
-    )
+    over: int = knob(512, "cut a user message into paragraphs when it has more tokens", low=1, high=10_000_000)
 
     async def rewrite(self, call: Call) -> Call:
         found = passages(call, text_counter(call), self.over)
@@ -48,9 +46,7 @@ class FixedK(Rewrite):
         except BudgetExceeded as error:
             if call.on_exceed == "refuse":
                 raise
-            return unfired(
-                f"the budget cannot hold the embedding of {n} passages ({error.resource}): all kept"
-            )
+            return unfired(f"the budget cannot hold the embedding of {n} passages ({error.resource}): all kept")
         top = ranked(scored.scores)[: self.k]
         kept = top if self.order == "rank" else sorted(top)
         changed = found.keep(call, kept)

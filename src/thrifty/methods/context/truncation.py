@@ -29,18 +29,14 @@ class Truncation(Rewrite):
 
     tokens: int = knob(1024, "tokens of context to keep", low=0, high=10_000_000)
     keep: str = knob("first", "which end stays; middle-out drops from the middle", choices=KEEPS)
-    over: int = knob(
-        512, "cut a user message into paragraphs when it has more tokens", low=1, high=10_000_000
-    )
+    over: int = knob(512, "cut a user message into paragraphs when it has more tokens", low=1, high=10_000_000)
 
     async def rewrite(self, call: Call) -> Call:
         count = text_counter(call)
         found = passages(call, count, self.over)
         n, before = len(found.texts), prompt_tokens(call)
         if not n:
-            return call.with_receipt(
-                Receipt(self.name, False, "0 passages: there is nothing to drop", before, before)
-            )
+            return call.with_receipt(Receipt(self.name, False, "0 passages: there is nothing to drop", before, before))
         lengths = [count("\n\n" + text.rstrip()) for text in found.texts]
         kept = fit(lengths, self.tokens, self.keep)
         if len(kept) == n:
@@ -52,9 +48,7 @@ class Truncation(Rewrite):
         if not kept:
             reason = f"no passage kept: the first alone is over {self.tokens} tokens"
         detail = {"passages": n, "kept": kept}
-        return changed.with_receipt(
-            Receipt(self.name, True, reason, before, prompt_tokens(changed), detail=detail)
-        )
+        return changed.with_receipt(Receipt(self.name, True, reason, before, prompt_tokens(changed), detail=detail))
 
 
 def fit(lengths: Sequence[int], most: int, keep: str = "first") -> list[int]:

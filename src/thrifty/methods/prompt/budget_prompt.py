@@ -22,9 +22,7 @@ class BudgetPrompt(Rewrite):
     no_identity = "every limit adds a sentence to the prompt"
 
     words: int = knob(50, "how many the answer may have, reasoning included", low=1, high=100_000, log=True)
-    unit: str = knob(
-        "words", "what is counted: models follow words better than tokens", choices=("words", "tokens")
-    )
+    unit: str = knob("words", "what is counted: models follow words better than tokens", choices=("words", "tokens"))
 
     async def rewrite(self, call: Call) -> Call:
         before = prompt_tokens(call)

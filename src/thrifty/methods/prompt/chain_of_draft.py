@@ -78,9 +78,7 @@ class ChainOfDraft(Rewrite):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.separator.strip():
-            raise InvalidInput(
-                "chain-of-draft: knob separator = '' is not allowed: some text such as '####' is needed"
-            )
+            raise InvalidInput("chain-of-draft: knob separator = '' is not allowed: some text such as '####' is needed")
 
     async def rewrite(self, call: Call) -> Call:
         before = prompt_tokens(call)

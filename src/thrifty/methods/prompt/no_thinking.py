@@ -34,9 +34,7 @@ class NoThinking(Rewrite):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.opening.strip() or not self.closing.strip():
-            raise InvalidInput(
-                "no-thinking: knobs opening and closing need text, such as '<think>' and '</think>'"
-            )
+            raise InvalidInput("no-thinking: knobs opening and closing need text, such as '<think>' and '</think>'")
 
     async def rewrite(self, call: Call) -> Call:
         if call.draft is not None:
@@ -45,14 +43,10 @@ class NoThinking(Rewrite):
             )
         known = has_tags(call, self.opening, self.closing)
         if known is False and self.unknown == "skip":
-            reason = (
-                f"{self.opening} and {self.closing} are no tokens of the model: it has no thinking to skip"
-            )
+            reason = f"{self.opening} and {self.closing} are no tokens of the model: it has no thinking to skip"
             return call.with_receipt(Receipt(self.name, False, reason))
         before = prompt_tokens(call)
-        changed = replace(
-            call, prefix=empty_block(self.opening, self.closing, self.thought) + (call.prefix or "")
-        )
+        changed = replace(call, prefix=empty_block(self.opening, self.closing, self.thought) + (call.prefix or ""))
         tags = "the model has the tags" if known else "forced although the model lacks the tags"
         if known is None:
             tags = "whether the model has the tags is not known"

@@ -50,15 +50,11 @@ class PlanAndBudget(Rewrite):
     needs = frozenset({"text", "sampling"})
     no_identity = "it always states a budget in the prompt"
 
-    planning: str = knob(
-        "two", "planning calls: two, one with all in it, or none", choices=("two", "one", "none")
-    )
+    planning: str = knob("two", "planning calls: two, one with all in it, or none", choices=("two", "one", "none"))
     schedule: str = knob("polynomial", "how budgets decay from step to step", choices=SCHEDULES)
     power: float = knob(2.0, "exponent of the polynomial schedule", low=0.0, high=10.0)
     base: float = knob(0.9, "base of the exponential schedule", low=0.01, high=1.0)
-    levels: tuple[int, ...] = knob(
-        (200, 250, 350, 450, 600), "total budget at levels 1 to 5", low=1, high=1_000_000
-    )
+    levels: tuple[int, ...] = knob((200, 250, 350, 450, 600), "total budget at levels 1 to 5", low=1, high=1_000_000)
     level: int = knob(3, "level where none is asked for or none can be read", low=1, high=5)
     unit: str = knob("words", "what the budgets count", choices=("words", "tokens"))
     plan_tokens: int = knob(256, "output tokens at most in each planning call", low=1, high=100_000, log=True)
@@ -82,9 +78,7 @@ class PlanAndBudget(Rewrite):
         except BudgetExceeded as error:
             if call.on_exceed == "refuse":
                 raise
-            reason = (
-                f"the budget cannot hold the planning calls and the answer ({error.resource}): not planned"
-            )
+            reason = f"the budget cannot hold the planning calls and the answer ({error.resource}): not planned"
             return call.with_receipt(
                 Receipt(self.name, False, reason, before, before, spend=asked.spend, work=asked.work)
             )
@@ -183,9 +177,7 @@ def allocate_tokens(
     [200, 50]
     """
     if not credits or min(credits) < 0 or not sum(credits) > 0 or total < 0:
-        raise InvalidInput(
-            f"credits {list(credits)}, total {total}: credits of at least 0, one above 0, are needed"
-        )
+        raise InvalidInput(f"credits {list(credits)}, total {total}: credits of at least 0, one above 0, are needed")
     weights = [c * d for c, d in zip(credits, decay(schedule, len(credits), power, base), strict=True)]
     whole = sum(weights)
     parts = [math.floor(total * w / whole + 1e-9) for w in weights]
@@ -207,12 +199,8 @@ def bam(complexity: Sequence[float], exponents: Sequence[float], total: float) -
     [20.0, 80.0]
     """
     if not complexity or len(complexity) != len(exponents):
-        raise InvalidInput(
-            f"{len(complexity)} complexities, {len(exponents)} exponents: one of each a step is needed"
-        )
-    if min(*complexity, *exponents, total) <= 0 or not math.isfinite(
-        sum(complexity) + sum(exponents) + total
-    ):
+        raise InvalidInput(f"{len(complexity)} complexities, {len(exponents)} exponents: one of each a step is needed")
+    if min(*complexity, *exponents, total) <= 0 or not math.isfinite(sum(complexity) + sum(exponents) + total):
         raise InvalidInput("the allocation needs complexities, exponents and a total above 0")
     logs = [math.log(a * c) for a, c in zip(exponents, complexity, strict=True)]
 
@@ -260,13 +248,9 @@ ONE_PROMPT = (
 
 def solve_prompt(outline: Outline, budgets: Sequence[int], unit: str = "words") -> str:
     """What the answering call is told: the level, and each step with its budget."""
-    lines = [
-        f"The question has difficulty {outline.level} of 5. Answer it step by step, within these budgets:"
-    ]
+    lines = [f"The question has difficulty {outline.level} of 5. Answer it step by step, within these budgets:"]
     for i, (step, most) in enumerate(zip(outline.steps, budgets, strict=True), 1):
-        lines.append(
-            f"{i}. {step} Think little: use at most {most} {unit[:-1] if most == 1 else unit} for this step."
-        )
+        lines.append(f"{i}. {step} Think little: use at most {most} {unit[:-1] if most == 1 else unit} for this step.")
     lines.append("Then give the final answer.")
     return "\n".join(lines)
 

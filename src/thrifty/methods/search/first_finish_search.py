@@ -45,9 +45,7 @@ class FirstFinishSearch(Search):
     `keep` and the order of votes are ours."""
 
     name = "first-finish-search"
-    paper = (
-        "First Finish Search: Efficient Test-Time Scaling in Large Language Models (2025, arXiv:2505.18149)"
-    )
+    paper = "First Finish Search: Efficient Test-Time Scaling in Large Language Models (2025, arXiv:2505.18149)"
     needs = frozenset({"text", "sampling"})
     opens = True
     identity = {"samples": 1}
@@ -70,9 +68,7 @@ class FirstFinishSearch(Search):
 
     async def __call__(self, call: Call, next: Next) -> Answer:
         if self.samples == 1:
-            return await next(
-                call.with_receipt(Receipt(self.name, False, "one sample: no race", 1, 1, "samples"))
-            )
+            return await next(call.with_receipt(Receipt(self.name, False, "one sample: no race", 1, 1, "samples")))
         n = how_many_fit(call, self.samples, max(1, self.keep))
         call_to_race = call.with_sampling(top_p=self.top_p)
         engine = call.engines.get("answer")
@@ -88,9 +84,7 @@ class FirstFinishSearch(Search):
         rows: list[Branch] = [root]
         try:
             for i in range(1, n):
-                seed = seed_of(
-                    call.sampling.seed or 0, i
-                )  # a fork without a seed would repeat the root's draws
+                seed = seed_of(call.sampling.seed or 0, i)  # a fork without a seed would repeat the root's draws
                 try:
                     rows.append(root.fork(seed))
                 except BudgetExceeded:
@@ -109,8 +103,7 @@ class FirstFinishSearch(Search):
                 row.close()
         shared = tuple(root.call.receipts)
         answers = [
-            replace(a, receipts=(shared if not i else ()) + a.receipts[len(shared) :])
-            for i, a in enumerate(answers)
+            replace(a, receipts=(shared if not i else ()) + a.receipts[len(shared) :]) for i, a in enumerate(answers)
         ]
         finished = [answers[rows.index(row)] for row in crossed]
         finished = [a for a in finished if proper(a)] or finished or answers[:1]

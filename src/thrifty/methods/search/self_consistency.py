@@ -57,9 +57,7 @@ class SelfConsistency(Search):
     async def __call__(self, call: Call, next: Next) -> Answer:
         if self.samples == 1:
             return await next(
-                call.with_receipt(
-                    Receipt(self.name, False, "one sample: nothing to vote on", 1, 1, "samples")
-                )
+                call.with_receipt(Receipt(self.name, False, "one sample: nothing to vote on", 1, 1, "samples"))
             )
         answers: list[Answer] = []
         accounts: list[Account] = []
@@ -91,9 +89,7 @@ class SelfConsistency(Search):
         return await tell(call, conclude(call, winner, answers, accounts, own))
 
     async def _wave(self, call: Call, next: Next, accounts: Sequence[Account], first: int) -> list[Answer]:
-        calls = [
-            sample_call(call, first + i, account, self.temperature) for i, account in enumerate(accounts)
-        ]
+        calls = [sample_call(call, first + i, account, self.temperature) for i, account in enumerate(accounts)]
         try:
             if len(calls) == 1:
                 return [await next(calls[0])]
