@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 CORE := .venv-core
 EXTRAS := local,bench,ledger,prices,docs,test,lint
 
-.PHONY: setup models demo test check lint types docs slow blackbox bench clean
+ARITHMETIC := $(wildcard src/thrifty/bench/plans/arithmetic/*.toml) recipes/plans/budget-prompt.toml recipes/plans/no-thinking.toml
+
+.PHONY: setup models demo picture test check lint types docs slow blackbox bench clean
 
 setup: $(VENV)/.ready
 
@@ -19,6 +21,15 @@ models: setup
 
 demo: models
 	$(BIN)/thrifty frontier demo --model smollm2 --out out/demo
+
+# The README's picture and the catalogue: hours on two cores; started again, it goes on where it stopped.
+picture: models
+	$(BIN)/thrifty frontier retrieval --n 400 --model smollm2 --out out/picture
+	$(BIN)/thrifty frontier arithmetic --n 400 --model smollm2 --out out/picture \
+	  $(foreach p,$(ARITHMETIC),--plan $(p))
+	$(BIN)/thrifty frontier --from out/picture/results.jsonl --out out/picture --save results
+	cp out/picture/frontier.png docs/frontier.png
+	$(BIN)/python docs/generate.py
 
 test: models
 	$(BIN)/python -m pytest -m "not slow" --ignore tests/blackbox

@@ -136,7 +136,7 @@ class Plan:
         try:
             text = read.decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
-            raise InvalidInput(f"plan {file}: not UTF-8 at byte {error.start}") from error
+            raise InvalidInput(f"plan {file}: cannot be read: not UTF-8 at byte {error.start}") from error
         return cls._read({"name": file.stem, **_toml(text, str(file))}, str(file))
 
     # -- building ----------------------------------------------------------------------------------------------

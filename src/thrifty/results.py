@@ -105,7 +105,7 @@ class Results:
         if line is not None:
             self._take(line)
             self._write(b"\n")
-        elif raw.startswith(b'{"id": ') if start else _BEGINS.match(raw):
+        elif _BEGINS.match(raw) or (start and raw[:7] == b'{"id": '[: len(raw)]):  # below whole lines of ours
             os.ftruncate(self._fd, start)
         else:
             self._refuse()

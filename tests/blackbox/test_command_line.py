@@ -218,7 +218,7 @@ def test_a_server_that_is_down() -> None:
 
 def test_a_server_that_answers_html(server: http.server.ThreadingHTTPServer) -> None:
     url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    refused(thrifty("ask", "x", "--model", f"openai:m@{url}", "--no-stream"), 4, "html")
+    refused(thrifty("ask", "x", "--model", f"openai:m@{url}", "--no-stream"), 4, "HTML")
 
 
 def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path, server: http.server.ThreadingHTTPServer) -> None:
@@ -232,7 +232,11 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path, server: http.server.Threa
         stdout=subprocess.PIPE,
         text=True,
     )
-    time.sleep(3)
+    for _ in range(200):  # until it is under way: the output is made when the first request is
+        if out.exists():
+            break
+        time.sleep(0.1)
+    time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130

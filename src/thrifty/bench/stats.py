@@ -166,7 +166,9 @@ def bootstrap(
     if np.isnan(drawn[-1]) or not math.isfinite(value):  # sort puts NaN last
         return Interval(value, -math.inf, math.inf, level, count, "none: not defined on every resample")
     z = math.sqrt(count / (count - 1)) * _t(1 - alpha / 2, count - 1)
-    low, high = np.quantile(drawn, (_NORMAL.cdf(-z), _NORMAL.cdf(z)))
+    # a resample whose total is 0 makes a ratio infinite: between such values there is nothing to interpolate
+    how = "linear" if np.isfinite(drawn[[0, -1]]).all() else "inverted_cdf"
+    low, high = np.quantile(drawn, (_NORMAL.cdf(-z), _NORMAL.cdf(z)), method=how)  # type: ignore[call-overload]
     return Interval(value, float(low), float(high), level, count, "percentile bootstrap")
 
 

@@ -13,7 +13,7 @@ PIPE_CLOSED = 141
 
 def main() -> None:
     """Runs the command line. One clear line and a documented exit code for every error that has a cause."""
-    from thrifty.errors import ThriftyError
+    from thrifty.errors import EngineError, ThriftyError
 
     sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()  # closed by who started us
     output = sys.stdout
@@ -27,10 +27,16 @@ def main() -> None:
             app()
         finally:
             output.flush()
-    except SystemExit:
+    except SystemExit as ended:
+        if ended.code == 130:  # typer took the interrupt
+            _fail("interrupted", 130)
         if sys.stdout is not output:  # typer took the broken pipe, and wrapped the stream
             raise SystemExit(PIPE_CLOSED) from None
         raise
+    except EngineError as error:
+        spend = error.spend
+        spent = f" (spent: input {spend.input:,}, output {spend.output:,} tokens)" if spend else ""
+        _fail(f"{error}{spent}", error.exit_code)
     except ThriftyError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ from thrifty.plan import Pipeline, Plan
 
 if TYPE_CHECKING:
     from thrifty.ledger.entry import LedgerLike
+    from thrifty.meter.prices import PriceTable
 
 T = TypeVar("T")
 
@@ -31,6 +32,12 @@ Limits = Annotated[
 ]
 Embedder = Annotated[str, typer.Option("--embedder", help="Engine for plans that embed.")]
 LedgerFile = Annotated[Path | None, typer.Option("--ledger", help="Record what is spent in this SQLite file.")]
+Prices = Annotated[
+    Path | None,
+    typer.Option(
+        "--prices", help="Price table in TOML: [models.NAME] with input and output in dollars a million tokens."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -60,7 +67,7 @@ def plan_of(path: Path | None) -> Plan:
     return Plan("plain") if path is None else Plan.load(path)
 
 
-def build(plan: Plan, model: str, embedder: str) -> Pipeline:
+def build(plan: Plan, model: str, embedder: str, prices: Path | None = None) -> Pipeline:
     """The plan on the engines it names; what it does not name comes from the options."""
     from thrifty.engines.spec import resolve_roles
 
@@ -69,7 +76,14 @@ def build(plan: Plan, model: str, embedder: str) -> Pipeline:
     for role in roles:
         if role not in specs:
             specs[role] = embedder if role == "embedder" else specs["answer"]
-    return plan.build(resolve_roles(specs))
+    return plan.build(resolve_roles(specs, prices=table_of(prices)))
+
+
+def table_of(path: Path | None) -> PriceTable | None:
+    """The price table in a file; None without a file: local engines have a default, servers no prices."""
+    from thrifty.meter.prices import PriceTable
+
+    return None if path is None else PriceTable.from_toml(path)
 
 
 def ledger_of(path: Path | None) -> LedgerLike | None:

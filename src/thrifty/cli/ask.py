@@ -17,6 +17,7 @@ from thrifty.cli._options import (
     Limits,
     Model,
     PlanFile,
+    Prices,
     budget_of,
     build,
     complete,
@@ -24,7 +25,7 @@ from thrifty.cli._options import (
     plan_of,
     print_json,
 )
-from thrifty.errors import InvalidInput
+from thrifty.errors import InvalidInput, ThriftyError
 
 
 def ask(
@@ -37,6 +38,7 @@ def ask(
     temperature: Annotated[float | None, typer.Option("--temperature", "-t", help="0 is greedy.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")] = None,
     embedder: Embedder = "minilm",
+    prices: Prices = None,
     ledger: LedgerFile = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print tokens as they come.")] = True,
     json: Json = False,
@@ -52,12 +54,16 @@ def ask(
     if system:
         messages.insert(0, {"role": "system", "content": _utf8(system, "--system")})
     limits = budget_of(budget)
-    pipeline = build(plan_of(plan), model, embedder)
+    pipeline = build(plan_of(plan), model, embedder, prices)
     book = ledger_of(ledger)
     account = Account("ask", limits, ledger=book)
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
 
+    shown = False
+
     async def emit(delta: Delta) -> None:
+        nonlocal shown
+        shown = shown or bool(delta.thinking or delta.text)
         sys.stdout.write(delta.thinking + delta.text)
         sys.stdout.flush()
 
@@ -68,6 +74,11 @@ def ask(
 
     try:
         answer = complete(go(), "interrupted; what was produced is settled")
+    except (ThriftyError, KeyboardInterrupt):
+        if shown:
+            sys.stdout.write("\n")  # what came of the answer stays; the error stands on a line of its own
+            sys.stdout.flush()
+        raise
     finally:
         if book is not None:
             book.close()  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from thrifty.budget import Account
-from thrifty.cli._options import Embedder, Json, LedgerFile, Limits, budget_of, ledger_of, print_json
+from thrifty.cli._options import Embedder, Json, LedgerFile, Limits, Prices, budget_of, ledger_of, print_json, table_of
 from thrifty.errors import BudgetExceeded, EngineError, InvalidInput, PlanError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def frontier(
         Path | None,
         typer.Option("--save", help="Also write compact results, without generated text, into this folder."),
     ] = None,
+    prices: Prices = None,
     ledger: LedgerFile = None,
     json: Json = False,
 ) -> None:
@@ -76,7 +77,7 @@ def frontier(
     if axis is not None:
         check_axis(axis)
     plans = [_load(path) for path in plan or ()]
-    engines = _engines(suites or ["demo"], plans, model, embedder)
+    engines = _engines(suites or ["demo"], plans, model, embedder, prices)
     items = _items(suites or ["demo"], plans, engines, n, quick, seed)
     book = ledger_of(ledger)
     try:
@@ -131,7 +132,9 @@ def _items(
     return items
 
 
-def _engines(names: Sequence[str], plans: Sequence[Plan], model: str, embedder: str) -> dict[str, Engine]:
+def _engines(
+    names: Sequence[str], plans: Sequence[Plan], model: str, embedder: str, prices: Path | None
+) -> dict[str, Engine]:
     from thrifty.bench import suites
     from thrifty.engines.spec import resolve_roles
 
@@ -156,7 +159,7 @@ def _engines(names: Sequence[str], plans: Sequence[Plan], model: str, embedder: 
                     "compares plans on the same engines; run one for each"
                 )
         specs |= plan.engines
-    return resolve_roles(specs)
+    return resolve_roles(specs, prices=table_of(prices))
 
 
 def _command() -> str:

@@ -10,7 +10,7 @@ import typer
 from thrifty.cli._options import Json, print_json
 from thrifty.engines.kinds import KNOWN
 from thrifty.engines.spec import read
-from thrifty.errors import PlanError
+from thrifty.errors import InvalidInput, PlanError
 from thrifty.plan import Plan
 
 app = typer.Typer(help="Check a plan.", no_args_is_help=True)
@@ -28,7 +28,7 @@ def check(
     plan = Plan.load(path)
     specs = {**plan.engines, **({"answer": engine} if engine is not None else {})}
     for role, spec in specs.items():
-        kind = spec if spec in KNOWN else read(spec)[0]
+        kind = _kind(spec, path)
         missing = plan.needs().get(role, frozenset()) - KNOWN[kind]
         if missing:
             have = [name for name, caps in KNOWN.items() if missing <= caps]
@@ -44,3 +44,12 @@ def check(
     typer.echo(f"{plan.name} ({plan.hash}): {stack}")
     for role, caps in needs.items():
         typer.echo(f"{role} needs: {', '.join(caps)}")
+
+
+def _kind(spec: str, path: Path) -> str:
+    if spec in KNOWN:
+        return spec
+    try:
+        return read(spec)[0]
+    except InvalidInput as error:
+        raise InvalidInput(f"{path}: {error}") from error

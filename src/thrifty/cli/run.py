@@ -20,6 +20,7 @@ from thrifty.cli._options import (
     Limits,
     Model,
     PlanFile,
+    Prices,
     budget_of,
     build,
     complete,
@@ -38,6 +39,7 @@ def run(
     budget: Limits = None,
     concurrency: Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Requests in flight.")] = 8,
     embedder: Embedder = "minilm",
+    prices: Prices = None,
     ledger: LedgerFile = None,
     json: Json = False,
 ) -> None:
@@ -47,7 +49,7 @@ def run(
     """
     limits = budget_of(budget)
     # before the event loop, so that Ctrl-C need not wait until a model is loaded
-    pipeline = build(plan_of(plan), model, embedder)
+    pipeline = build(plan_of(plan), model, embedder, prices)
     requests = batch.read_requests(source, pipeline)
     book = ledger_of(ledger)
     account = Account("run", limits, ledger=book)

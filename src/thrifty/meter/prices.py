@@ -129,7 +129,7 @@ class PriceTable:
         """
         try:
             data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not TOML
             raise InvalidInput(f"price table {path}: cannot be read: {error}") from error
         rates: dict[str, Rate] = {}
         models = data.get("models")

@@ -32,7 +32,7 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
 class Prices:
     """1,000 a new input token, 100 a cached one, 4,000 an output token, 7 a call."""
 
-    name = "flat 2026-11"
+    label = "flat 2026-11"
 
     def with_price(self, spend: Spend, model: str, role: str = "answer") -> Spend:
         new = spend.input - spend.cached

@@ -26,22 +26,17 @@ def loading(name: str) -> Iterator[None]:
     to be had from the hub, which is asked once.
     """
     from huggingface_hub import constants
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    before, shown = constants.HF_HUB_OFFLINE, not are_progress_bars_disabled()
-    offline = before
+    before = offline = constants.HF_HUB_OFFLINE
     if name not in MODELS:
         _check_folder(Path(name))
         offline = before if Path(name).exists() else _check(name)
-    disable_progress_bars()  # transformers' own bars follow when it is imported after this
     constants.HF_HUB_OFFLINE = offline
     try:
         with _quiet():
             yield
     finally:
         constants.HF_HUB_OFFLINE = before
-        if shown:
-            enable_progress_bars()
 
 
 def _check_folder(folder: Path) -> None:

@@ -122,7 +122,10 @@ def seconds_left(account: Account) -> float | None:
 def check_prices(account: Account, prices: Prices | None, model: str) -> None:
     """Raises InvalidInput where usd is limited and nothing says what a token costs: the limit would never bind."""
     if prices is None and "usd" in account.remaining():
-        raise InvalidInput(f"account {account.path!r} limits usd, and engine {model!r} has no prices: give it prices=")
+        raise InvalidInput(
+            f"account {account.path!r} limits usd, and engine {model!r} has no prices: give it a price table "
+            "(--prices FILE)"
+        )
 
 
 def forced(spend: Spend, tokens: int) -> Spend:
