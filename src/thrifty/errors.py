@@ -6,7 +6,7 @@ line exits with, so that programs can tell the kinds apart:
 ======  ==================================================================
 code    meaning
 ======  ==================================================================
-1       an unexpected failure
+1       an unexpected failure, or a file that cannot be written
 2       bad input: an unknown name, a knob out of range, a broken file
 3       a budget refused the call
 4       an engine failed: down, hung, cut, or answered nonsense
@@ -73,6 +73,10 @@ class Unsupported(InvalidInput):
 
 
 class LedgerError(ThriftyError):
+    """The ledger cannot be opened, read or written."""
+
+
+class LedgerChanged(LedgerError):
     """The ledger is damaged, or shows that it was changed."""
 
     exit_code = 5

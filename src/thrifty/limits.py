@@ -98,6 +98,10 @@ def _nano(dollars: Any) -> int:
     try:
         if isinstance(dollars, bool):
             raise InvalidOperation
-        return int((Decimal(str(dollars)) * NANO).to_integral_value())
+        exact = Decimal(str(dollars)) * NANO
+        amount = int(exact.to_integral_value())
     except (InvalidOperation, ValueError, OverflowError) as error:
         raise InvalidInput(f"budget usd = {dollars!r}: an amount in dollars is needed, such as 0.25") from error
+    if amount < 0 or (exact and not amount):
+        raise InvalidInput(f"budget usd = {dollars!r}: 0, or at least 0.000000001 dollars, is needed")
+    return amount

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from thrifty.cli._options import Json, print_json
-from thrifty.errors import InvalidInput, LedgerError
+from thrifty.errors import InvalidInput, LedgerChanged
 
 if TYPE_CHECKING:
     from thrifty.ledger.query import Row
@@ -68,7 +68,7 @@ def verify(
             typer.echo(f"cannot detect: {line}")
     if not report.ok:
         count = len(report.problems) + report.more
-        raise LedgerError(f"{path}: does not verify, {count} problem{'s' if count != 1 else ''}: it was changed")
+        raise LedgerChanged(f"{path}: does not verify, {count} problem{'s' if count != 1 else ''}: it was changed")
     if not json:
         typer.echo("verified")
 

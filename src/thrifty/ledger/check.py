@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import orjson
 
-from thrifty.errors import LedgerError
+from thrifty.errors import LedgerChanged
 from thrifty.ledger.chain import Anchor, Checkpoint, Key, KeySource, genesis, link, load_key, read_anchor
 from thrifty.ledger.columns import COLUMNS
 from thrifty.ledger.schema import connect
@@ -69,7 +69,7 @@ class Report:
 def verify(path: str | Path, key: KeySource | None = None, anchor: str | Path | None = None) -> Report:
     """Verifies a ledger, with a key its checkpoints' signatures, with an anchor what was true when it was made.
 
-    Raises InvalidInput for a file that is no ledger, a key or an anchor that cannot be read, and LedgerError when the
+    Raises InvalidInput for a file that is no ledger, a key or an anchor that cannot be read, and LedgerChanged when the
     database itself is damaged. What was changed in the ledger is no exception but a problem in the report.
     """
     path = Path(path).absolute()
@@ -79,7 +79,7 @@ def verify(path: str | Path, key: KeySource | None = None, anchor: str | Path | 
             connection.execute("BEGIN")
             return check.run(connection)
         except sqlite3.DatabaseError as error:
-            raise LedgerError(f"ledger {path} is damaged: {error}") from error
+            raise LedgerChanged(f"ledger {path} is damaged: {error}") from error
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from thrifty.errors import LedgerError
+from thrifty.errors import LedgerChanged, LedgerError
 from thrifty.ledger.chain import Anchor, Checkpoint, Key, KeySource, load_key
 from thrifty.ledger.columns import COLUMNS, NUMBERS, entry_of, unpack_hold
 from thrifty.ledger.entry import Entry, HoldRecord
@@ -42,7 +42,7 @@ class Reader:
         with self._connected() as connection:
             name = connection.execute(sa.select(META.c.value).where(META.c.name == "ledger")).scalar()
         if name is None:
-            raise LedgerError(f"ledger {self.path} has lost its identifier: it is damaged, restore a copy")
+            raise LedgerChanged(f"ledger {self.path} has lost its identifier: it is damaged, restore a copy")
         self._ledger = str(name)
 
     def entries(
