@@ -89,10 +89,10 @@ def connect(path: Path, *, readonly: bool, busy_seconds: float = 30.0, full: boo
     Raises InvalidInput for a file that is not a ledger or has a newer schema, LedgerError when it cannot be opened.
     """
     try:
-        if path.is_dir():
-            raise InvalidInput(f"{path} is a folder: give the path of a ledger file")
         if readonly and not path.is_file():
             raise InvalidInput(f"no ledger at {path}: give the path of an existing one, or open it for writing")
+        if path.is_dir():
+            raise InvalidInput(f"{path} is a folder: give the path of a ledger file")
         if not readonly:
             path.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(
