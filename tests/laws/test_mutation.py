@@ -106,9 +106,10 @@ class Leaking(SelfConsistency):
 
     async def __call__(self, call: Call, next: Next) -> Answer:
         async def loud(below: Call) -> Answer:
-            return await next(replace(below, emit=call.emit))
+            return await next(replace(below, emit=call.emit, engines=call.engines))
 
-        return await super().__call__(call, loud)  # type: ignore[arg-type]
+        # without its engine it cannot know of branches, and makes calls
+        return await super().__call__(replace(call, engines={}), loud)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,7 +63,7 @@ SUITES: Mapping[str, Suite] = {
             about="needles with known answers in contexts of 500 to 4,000 tokens",
             axis="usd",
             tasks="needles",
-            n=32,
+            n=24,
             quick=6,
             # One line is the answer: without a stop the model repeats itself, and a ramble may name the gold by chance.
             sampling=Sampling(stop=("\n",)),
@@ -74,7 +74,7 @@ SUITES: Mapping[str, Suite] = {
             about="short sums that a model of 135M parameters can sometimes do, at most 96 new tokens",
             axis="usd",
             tasks="arithmetic",
-            n=20,
+            n=14,
             quick=3,
         ),
     )

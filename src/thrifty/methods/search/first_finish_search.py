@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import NormalDist
 
 from thrifty.call import Answer, Branch, Call, Receipt, Until, advance
-from thrifty.errors import BudgetExceeded, InvalidInput
+from thrifty.errors import InvalidInput
 from thrifty.method import Next, Search, knob
+from thrifty.methods.search._branches import add_forks, short_of, to_the_end, without_shared
 from thrifty.methods.search._samples import (
     COMPLETE,
     conclude,
     how_many_fit,
     sample_call,
-    seed_of,
     shares,
     side_by_side,
     tell,
@@ -83,28 +83,18 @@ class FirstFinishSearch(Search):
         root = await next.open(sample_call(call, 0, account, self.temperature))
         rows: list[Branch] = [root]
         try:
-            for i in range(1, n):
-                seed = seed_of(call.sampling.seed or 0, i)  # a fork without a seed would repeat the root's draws
-                try:
-                    rows.append(root.fork(seed))
-                except BudgetExceeded:
-                    if call.on_exceed == "refuse":
-                        raise
-                    break
+            add_forks(rows, call, 1, n - 1, call.sampling.seed or 0)
             race = _Race(self, rows, call)
             crossed = await race.run()
             for row in rows:
                 if row not in crossed:
                     row.close()
-            await _to_the_end([row for row in crossed if row.finish is None])
+            await to_the_end(crossed)
             answers = [await row.finish_up() for row in rows]
         finally:
             for row in rows:
                 row.close()
-        shared = tuple(root.call.receipts)
-        answers = [
-            replace(a, receipts=(shared if not i else ()) + a.receipts[len(shared) :]) for i, a in enumerate(answers)
-        ]
+        answers = [answers[0], *(without_shared(a, root.call) for a in answers[1:])]
         finished = [answers[rows.index(row)] for row in crossed]
         finished = [a for a in finished if proper(a)] or finished or answers[:1]
         chosen = finished[winner_of(votes_of(finished))] if self.finishers > 1 else finished[0]
@@ -185,13 +175,7 @@ class _Race:
 
     def _short(self) -> bool:
         """Whether the account has less left than the winner may need."""
-        left = self.call.account.remaining()
-        return any(left[r] < self.method.keep for r in ("output", "tokens") if r in left)
-
-
-async def _to_the_end(rows: Sequence[Branch]) -> None:
-    if rows:
-        await advance(rows, lambda alive: all(row.finish is not None for row in alive))
+        return short_of(self.call.account, self.method.keep)
 
 
 def proper(answer: Answer) -> bool:

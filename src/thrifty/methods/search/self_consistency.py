@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from thrifty.budget import Account
 from thrifty.call import Answer, Call, Receipt
 from thrifty.errors import BudgetExceeded
 from thrifty.method import Next, Search, knob
+from thrifty.methods.search._branches import Tree, can_branch
 from thrifty.methods.search._samples import (
     conclude,
     counts,
@@ -35,15 +37,21 @@ class SelfConsistency(Search):
     reason. `temperature` replaces the call's own, which as a rule is 0 and would draw the same answer each
     time. Equal votes go to the answer that was said first.
 
-    Samples of one wave share what is left on the account in equal parts; fewer run when it cannot hold a
-    wave. When the budget refuses a sample, those there are decide (or BudgetExceeded is raised, when the plan
-    says refuse)."""
+    On an engine with branches the prompt is prefilled once and the samples are forks of it; those of a wave
+    advance together. One fork more is kept ready while another wave may come; when it is not needed it is billed
+    all the same (one call, its prompt as cached), and the receipt says so. On other engines, and above a method
+    that needs whole answers, each sample is a call.
+
+    Samples of one wave share what is left on the account: forks take it step by step; where it cannot hold a
+    tranche for each, they are calls with equal parts. Fewer run when it cannot hold a wave. When the budget
+    refuses a sample, those there are decide (or BudgetExceeded is raised, when the plan says refuse)."""
 
     name = "self-consistency"
     paper = (
         "Let's Sample Step by Step: Adaptive-Consistency for Efficient Reasoning and Coding with LLMs "
         "(Aggarwal et al. 2023, arXiv:2305.11860), on Self-Consistency (Wang et al. 2022, arXiv:2203.11171)"
     )
+    version = 2
     needs = frozenset({"text", "sampling"})
     identity = {"samples": 1}
 
@@ -60,35 +68,49 @@ class SelfConsistency(Search):
                 call.with_receipt(Receipt(self.name, False, "one sample: nothing to vote on", 1, 1, "samples"))
             )
         answers: list[Answer] = []
-        accounts: list[Account] = []
+        tree = Tree(call, next, self.temperature) if can_branch(call, next) else None
+        accounts = [] if tree is None else [tree.account]
         started = 0
-        while not (why := self._stop([vote_of(a, self.parse) for a in answers], self.samples - started)):
-            try:
-                wave = how_many_fit(call, min(self.wave, self.samples - started))
-                parts = shares(call, started, wave)
-                accounts += parts
-                answers += await self._wave(call, next, parts, started)
-                started += wave
-            except BudgetExceeded as error:
-                if call.on_exceed == "refuse" or not answers:
-                    raise
-                why = f"the budget ({error.resource}) held no more"
-                break
-        votes = votes_of(answers, self.parse)
-        winner = answers[winner_of(votes)]
-        tally = sorted(counts(votes).values(), reverse=True)
-        own = Receipt(
-            self.name,
-            len(answers) > 1,
-            f"{len(answers)} of {self.samples} samples, {tally[0] if tally else 0} agree; {why}",
-            self.samples,
-            len(answers),
-            "samples",
-            detail={"votes": tally, "abstained": sum(v is None for v in votes)},
-        )
+        try:
+            while not (why := self._stop([vote_of(a, self.parse) for a in answers], self.samples - started)):
+                left = self.samples - started
+                try:
+                    rows = 0 if tree is None else tree.rows(min(self.wave, left), left)
+                    if tree is not None and rows:
+                        drawn = await tree.wave(started, rows, more=rows < left)
+                        started += len(drawn)
+                    else:
+                        parts = shares(call, started, how_many_fit(call, min(self.wave, left)))
+                        accounts += parts
+                        drawn = await self._calls(call, next, parts, started)
+                        started += len(parts)
+                except BudgetExceeded as error:
+                    if call.on_exceed == "refuse" or not answers:
+                        raise
+                    why = f"the budget ({error.resource}) held no more"
+                    break
+                answers += drawn
+            if tree is not None:
+                await tree.done()
+        finally:
+            if tree is not None:
+                tree.close()
+        own = self._receipt(answers, why, 0 if tree is None else tree.unused)
+        winner = answers[winner_of(votes_of(answers, self.parse))]
         return await tell(call, conclude(call, winner, answers, accounts, own))
 
-    async def _wave(self, call: Call, next: Next, accounts: Sequence[Account], first: int) -> list[Answer]:
+    def _receipt(self, answers: Sequence[Answer], why: str, unused: int) -> Receipt:
+        votes = votes_of(answers, self.parse)
+        tally = sorted(counts(votes).values(), reverse=True)
+        parts = [f"{len(answers)} of {self.samples} samples, {tally[0] if tally else 0} agree", why]
+        detail: dict[str, Any] = {"votes": tally, "abstained": sum(v is None for v in votes)}
+        if unused:
+            parts.append(f"{unused} fork{'s' if unused > 1 else ''} kept ready and not needed")
+            detail["unused_forks"] = unused
+        fired = len(answers) > 1
+        return Receipt(self.name, fired, "; ".join(parts), self.samples, len(answers), "samples", detail=detail)
+
+    async def _calls(self, call: Call, next: Next, accounts: Sequence[Account], first: int) -> list[Answer]:
         calls = [sample_call(call, first + i, account, self.temperature) for i, account in enumerate(accounts)]
         try:
             if len(calls) == 1:
