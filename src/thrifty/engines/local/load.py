@@ -24,7 +24,7 @@ SUPPORTED = "decoder models whose every layer calls transformers' AttentionInter
 
 
 def load(
-    name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", max_chunk: int = 512
+    name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", max_chunk: int = 1024
 ) -> Runner:
     """A checked runner for the model in a local folder, or with this hub id.
 
@@ -48,7 +48,7 @@ def load(
     return attach(model.to(device).eval(), max_chunk)
 
 
-def attach(model: Any, max_chunk: int = 512) -> Runner:
+def attach(model: Any, max_chunk: int = 1024) -> Runner:
     """A checked runner for a model already in memory; its attention is set to ours. Raises Unsupported."""
     try:
         _set(model, NAME)

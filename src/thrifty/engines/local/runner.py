@@ -67,7 +67,7 @@ class Runner:
     `model` must have its attention implementation set to `attend.NAME` (`load.attach` does that).
     """
 
-    def __init__(self, model: Any, max_chunk: int = 512, slots: int = 16) -> None:
+    def __init__(self, model: Any, max_chunk: int = 1024, slots: int = 16) -> None:
         self.model = model
         self.config = model.config.get_text_config()
         self.layers = int(self.config.num_hidden_layers)
