@@ -45,7 +45,7 @@ types: setup
 
 docs: setup
 	$(BIN)/python docs/generate.py --check
-	$(BIN)/mkdocs build --strict --quiet --site-dir out/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir out/site
 
 slow: models
 	$(BIN)/python -m pytest -m slow --ignore tests/blackbox

@@ -236,7 +236,7 @@ def test_a_run_that_fails_says_why(tmp_path: Path, address: str) -> None:
     source = requests(tmp_path / "in.jsonl", 2)
     result = thrifty("run", source, "-o", tmp_path / "out.jsonl", "--json", "--model", f"openai:m@http://{address}/key")
     assert json.loads(result.stdout)["failed"] == 2
-    one_line(result, 4, "request '1'", "API key")
+    one_line(result, 4, "request '", "API key")  # whichever of the two came back first
 
 
 @pytest.mark.parametrize("args", [["ask", "hi", "--model"], ["plan", "check", "PLAN", "--engine"]])
