@@ -136,7 +136,7 @@ def _columns(frontier: Frontier) -> list[_Column]:
         _Column("difference", f"of the score, paired with {base}", differences),
         _Column("p", "McNemar's test, mid-p, for scores of 0 and 1", [words.p_value(r) for r in rows]),
         _Column(
-            "E3",
+            "E3 × 1,000",
             "score squared over output tokens, times 1000",
             ["" if r.e3 is None else f"{r.e3 * 1000:.3g}" for r in rows],
         ),
