@@ -19,17 +19,26 @@ Score = Callable[[Task, Answer, Mapping[str, Engine], Account], Awaitable[float]
 JUDGE_TOKENS = 256
 
 
-async def score(task: Task, answer: Answer, engines: Mapping[str, Engine], account: Account) -> float:
-    """The score in [0, 1] of the final answer: what a method parsed, else the text.
+RUNS_CODE = ("code", "reasoning-gym")
+"""Scorers that may run what a model wrote."""
+
+
+async def score(
+    task: Task, answer: Answer, engines: Mapping[str, Engine], account: Account, *, unsafe: bool = False
+) -> float:
+    """The score in [0, 1] of the final answer: what a method parsed, else the text. `unsafe` runs code that a model
+    wrote also where this machine cannot isolate it.
 
     Raises InvalidInput for an unknown scorer or setting, or a gold that the scorer cannot read.
     """
-    return await scorer_of(task, engines, account)(answer.final, task.gold, task.to_dict())
+    return await scorer_of(task, engines, account, unsafe)(answer.final, task.gold, task.to_dict())
 
 
-def scorer_of(task: Task, engines: Mapping[str, Engine], account: Account) -> scorers.Scorer:
+def scorer_of(task: Task, engines: Mapping[str, Engine], account: Account, unsafe: bool = False) -> scorers.Scorer:
     """The task's scorer with its settings."""
     settings: dict[str, Any] = dict(task.scorer_settings)
+    if unsafe and task.scorer in RUNS_CODE:
+        settings["unsafe"] = True
     if task.scorer == "judge":
         settings["ask"] = _judge(engines, account, task)
     return scorers.get(task.scorer, **settings)

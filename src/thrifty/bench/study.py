@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from thrifty.bench.progress import Live, Silent, Watcher
 from thrifty.bench.report import show, write
 from thrifty.bench.row import check_axis
 from thrifty.bench.run import GREEDY, Outcome, run
+from thrifty.bench.scoring import score
 from thrifty.bench.store import Store, read
 from thrifty.bench.suites import AXIS, Suite, axis_of
 from thrifty.bench.task import Task
@@ -114,6 +116,7 @@ def study(
     concurrency: int = 8,
     account: Account | None = None,
     keep_text: bool = True,
+    unsafe: bool = False,
     command: str | None = None,
     console: Console | None = None,
     progress: bool = True,
@@ -126,6 +129,11 @@ def study(
     """
     for item in items:
         check_axis(axis or item.axis)
+        judged = next((task for task in item.tasks if task.scorer == "judge"), None)
+        if judged is not None and "judge" not in engines:
+            raise InvalidInput(
+                f"task {judged.id!r} is scored by a judge: name an engine for the role 'judge' (--judge)"
+            )
     if not items:
         raise InvalidInput("no suite to measure: name one")
     path = Path(out) / RESULTS
@@ -150,6 +158,7 @@ def study(
                     keep_text=keep_text,
                     command=command,
                     watcher=watcher,
+                    score=partial(score, unsafe=unsafe),
                 )
                 if progress:
                     screen.print(outcome.line(), highlight=False, markup=False)

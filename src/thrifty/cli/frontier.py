@@ -45,6 +45,10 @@ def frontier(
     samples: Annotated[int, typer.Option("--samples", min=1, help="Answers to each example.")] = 1,
     concurrency: Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Examples in flight.")] = 8,
     embedder: Embedder = "minilm",
+    judge: Annotated[str | None, typer.Option("--judge", help="Engine for tasks that a judge scores.")] = None,
+    unsafe: Annotated[
+        bool, typer.Option("--unsafe", help="Run code that a model wrote even where this machine cannot isolate it.")
+    ] = False,
     budget: Limits = None,
     results: Annotated[Path | None, typer.Option("--from", help="Report on this results file; nothing is run.")] = None,
     save: Annotated[
@@ -77,7 +81,7 @@ def frontier(
     if axis is not None:
         check_axis(axis)
     plans = [_load(path) for path in plan or ()]
-    engines = _engines(suites or ["demo"], plans, model, embedder, prices)
+    engines = _engines(suites or ["demo"], plans, model, embedder, judge, prices)
     items = _items(suites or ["demo"], plans, engines, n, quick, seed)
     book = ledger_of(ledger)
     try:
@@ -89,6 +93,7 @@ def frontier(
             seeds=(seed,),
             samples=samples,
             concurrency=concurrency,
+            unsafe=unsafe,
             account=Account("frontier", limits, ledger=book),
             command=_command(),
             console=console,
@@ -133,7 +138,7 @@ def _items(
 
 
 def _engines(
-    names: Sequence[str], plans: Sequence[Plan], model: str, embedder: str, prices: Path | None
+    names: Sequence[str], plans: Sequence[Plan], model: str, embedder: str, judge: str | None, prices: Path | None
 ) -> dict[str, Engine]:
     from thrifty.bench import suites
     from thrifty.engines.spec import resolve_roles
@@ -149,6 +154,8 @@ def _engines(
     specs = {"answer": model, **dict.fromkeys(roles, model)}
     if any("embedder" in plan.needs() for plan in used):
         specs["embedder"] = embedder
+    if judge is not None:
+        specs["judge"] = judge
     named: dict[str, Plan] = {}
     for plan in used:
         for role, spec in plan.engines.items():
