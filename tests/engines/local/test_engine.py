@@ -315,7 +315,9 @@ async def test_the_embedder_makes_no_text() -> None:
     assert near[0, 1] > near[0, 2]
     assert account.settled == found.spend and found.spend.input > 6 and account.held == {}
     again = await engine.embed(["red apples"], account, Labels(role="embedder"))
-    assert again.spend == Spend(calls=1)
+    alone = await LocalEmbedder.load("minilm").embed(["red apples"], Account("u"), Labels(role="embedder"))
+    assert again.spend == alone.spend and alone.spend.input == 4, "a bill does not depend on what ran before"
+    assert account.work.target_passes == 1, "the second time nothing was computed"
     with pytest.raises(Unsupported, match="no text"):
         await engine.generate(ask())
     with pytest.raises(BudgetExceeded):

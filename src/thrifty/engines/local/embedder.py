@@ -1,8 +1,8 @@
 """A sentence embedder: MiniLM, or any BERT-like folder, with mean pooling and unit length.
 
 `encode` is what context methods rank passages with. Texts are computed in batches of like length; what was computed
-is kept in a cache by content, bounded in bytes, and the result says which texts were computed and which were not, so
-that a caller can bill only the former. Thread-safe.
+is kept in a cache by content, bounded in bytes, and the result says which texts were computed and which were not.
+Thread-safe.
 
 Invariants: a row depends on its own text alone (up to rounding in a batch); every row has length 1; rows come back in
 the order of the texts.

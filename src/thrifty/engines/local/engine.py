@@ -276,8 +276,10 @@ class LocalEngine:
 
 
 class LocalEmbedder:
-    """A sentence embedder in this process; it makes vectors and no text. Texts it has seen are not computed again and
-    not billed again."""
+    """A sentence embedder in this process; it makes vectors and no text.
+
+    Every text is billed in full, as a server bills it, so that what a call costs does not depend on what ran before
+    it. A text that was seen before is not computed again: that shows in Work."""
 
     name = "local"
 
@@ -311,25 +313,21 @@ class LocalEmbedder:
         raise self._refusal()
 
     async def embed(self, texts: Sequence[str], account: Account, labels: Labels) -> Embeddings:
-        """Unit vectors float32 [N, D]. Holds what the texts cost if none is known; settles what was computed."""
-        counts = await asyncio.to_thread(self._counts, texts)
+        """Unit vectors float32 [N, D]; holds and settles the tokens of all texts."""
+        counts = await asyncio.to_thread(self.embedder.count, texts)
         mine = stamped(labels, self.name, self.model, self.prices)
-        hold = account.hold(self._priced(Spend(input=sum(counts), calls=1), labels), labels=mine)
+        spend = self._priced(Spend(input=sum(counts), calls=1), labels)
+        hold = account.hold(spend, labels=mine)
         try:
             found = await asyncio.to_thread(self.embedder.encode_counted, texts)
         except BaseException:
             hold.release()
             raise
-        spend = self._priced(Spend(input=found.computed_tokens, calls=1), labels)
-        await hold.settle_async(spend, Work(target_passes=1 if found.computed_tokens else 0))
+        await hold.settle_async(spend, Work(target_passes=1 if any(found.computed) else 0))
         return Embeddings(found.vectors, spend)
 
     async def aclose(self) -> None:
         """Nothing to free."""
-
-    def _counts(self, texts: Sequence[str]) -> list[int]:
-        encoded = self.embedder._tokenizer(list(texts), truncation=False, verbose=False)["input_ids"] if texts else []
-        return [min(len(ids), self.embedder.max_tokens) for ids in encoded]
 
     def _priced(self, spend: Spend, labels: Labels) -> Spend:
         return spend if self.prices is None else self.prices.with_price(spend, self.model, labels.role)
