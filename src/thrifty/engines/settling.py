@@ -27,8 +27,8 @@ DEGRADED = "budget"
 class Prices(Protocol):
     """What an engine needs of a price table."""
 
-    def with_price(self, spend: Spend, model: str, role: str) -> Spend:
-        """The same Spend with `usd` filled in."""
+    def with_price(self, spend: Spend, model: str, role: str = "answer") -> Spend:
+        """The same Spend with its `usd`."""
 
 
 Bound = Callable[[int], Work]

@@ -31,10 +31,10 @@ from thrifty.engines.generation import check_call
 from thrifty.engines.openai import embedding, spending, wire
 from thrifty.engines.openai.exchange import Bill, Exchange, answer
 from thrifty.engines.openai.failure import Failure
-from thrifty.engines.openai.spending import Prices
 from thrifty.engines.openai.transport import Retries, Timeouts, Transport, base, secret
 from thrifty.engines.openai.usage import Counter, Tokenizer
 from thrifty.engines.openai.wire import Continuation, Format, Kind, Reply, Template
+from thrifty.engines.settling import Prices
 from thrifty.errors import BudgetExceeded, InvalidInput, Unsupported, nearest
 from thrifty.ledger.entry import Labels
 from thrifty.spend import Spend

@@ -18,11 +18,12 @@ from aiohttp import ClientResponse
 from thrifty.call import Answer, Call, Delta, Message, Receipt
 from thrifty.engines.openai import spending, wire
 from thrifty.engines.openai.failure import Failure, explain
-from thrifty.engines.openai.spending import Ask, Held, Prices
+from thrifty.engines.openai.spending import Ask, Held
 from thrifty.engines.openai.stream import Events, EventTooLarge
 from thrifty.engines.openai.transport import Transport
 from thrifty.engines.openai.usage import BYTES_A_TOKEN, Counter, Usage, read
 from thrifty.engines.openai.wire import Format, Prompt, Reply
+from thrifty.engines.settling import Prices
 from thrifty.errors import BudgetExceeded, EngineError
 from thrifty.ledger.entry import Entry, Labels, Ticket
 from thrifty.spend import Spend, Work

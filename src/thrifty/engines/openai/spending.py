@@ -12,10 +12,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from thrifty.budget import Account, Hold
 from thrifty.call import Call, Receipt
+from thrifty.engines.settling import Prices
 from thrifty.errors import BudgetExceeded, InvalidInput
 from thrifty.ledger.entry import Labels
 from thrifty.spend import Spend, Work
@@ -25,13 +25,6 @@ Price = Callable[[Spend], Spend]
 
 _SHRINKS = frozenset({"output", "tokens", "usd", "reasoning"})
 """Limits that a smaller max_tokens can respect."""
-
-
-class Prices(Protocol):
-    """What the engine needs of a price table."""
-
-    def with_price(self, spend: Spend, model: str, role: str = "answer") -> Spend:
-        """The same Spend with its `usd`."""
 
 
 @dataclass(frozen=True, slots=True)

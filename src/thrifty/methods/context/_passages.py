@@ -1,4 +1,4 @@
-"""What the context methods share: counting tokens, finding the query, and scoring passages by an embedder."""
+"""What the context methods share: counting tokens, finding the query, scoring passages, keeping the best of them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from thrifty.budget import Budget
-from thrifty.call import Call
-from thrifty.context import Passages
+from thrifty.call import Call, Receipt
+from thrifty.context import Passages, passages
+from thrifty.errors import BudgetExceeded
 from thrifty.spend import Spend
 
 CHARS_PER_TOKEN = 3.3
@@ -62,6 +63,50 @@ async def score(call: Call, method: str, query: str, texts: Sequence[str]) -> Sc
     embedded = await call.engines["embedder"].embed([query, *texts], account, labels)
     vectors = embedded.vectors
     return Scored([float(x) for x in vectors[1:] @ vectors[0]], embedded.spend)
+
+
+async def keep_best(
+    call: Call,
+    method: str,
+    *,
+    over: int,
+    order: str,
+    covered: Callable[[int], str | None],
+    how_many: Callable[[list[float]], int],
+) -> Call:
+    """The call with its best passages only, in the order of the document or of their rank, and a receipt.
+
+    `over`: tokens from which a user message is cut into paragraphs. `covered(n)` is the reason why none of n
+    passages can go, so that nothing need be embedded, or None. `how_many` says from the scores, in falling order,
+    how many stay. Raises BudgetExceeded where the budget cannot hold the embedding and the call says to refuse."""
+    found = passages(call, text_counter(call), over)
+    n, before = len(found.texts), prompt_tokens(call)
+
+    def unfired(reason: str) -> Call:
+        return call.with_receipt(Receipt(method, False, reason, before, before))
+
+    if n < 2:
+        return unfired(f"{n} passages: there is nothing to choose")
+    if order == "document" and (reason := covered(n)) is not None:
+        return unfired(reason)
+    query = query_of(call, found)
+    if not query:
+        return unfired("no user message to compare the passages with")
+    try:
+        scored = await score(call, method, query, found.texts)
+    except BudgetExceeded as error:
+        if call.on_exceed == "refuse":
+            raise
+        return unfired(f"the budget cannot hold the embedding of {n} passages ({error.resource}): all kept")
+    best = ranked(scored.scores)
+    best = best[: how_many([scored.scores[i] for i in best])]
+    kept = best if order == "rank" else sorted(best)
+    changed = found.keep(call, kept)
+    fired = kept != list(range(n)) if found.source is None else len(kept) < n
+    reason = f"kept {len(kept)} of {n} passages" if fired else f"all {n} passages kept, as they were"
+    detail = {"passages": n, "kept": kept}
+    after = prompt_tokens(changed)
+    return changed.with_receipt(Receipt(method, fired, reason, before, after, spend=scored.spend, detail=detail))
 
 
 def _leaving_room(call: Call) -> Budget:

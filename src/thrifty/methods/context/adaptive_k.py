@@ -6,12 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from thrifty.call import Call, Receipt
-from thrifty.context import passages
-from thrifty.errors import BudgetExceeded, InvalidInput
+from thrifty.call import Call
+from thrifty.errors import InvalidInput
 from thrifty.method import Rewrite, knob
-from thrifty.methods.context._passages import prompt_tokens, query_of, ranked, score, text_counter
-from thrifty.spend import Spend
+from thrifty.methods.context._passages import keep_best
 
 STRATEGIES = ("largest_gap", "moving_avg", "2diff_spike")
 
@@ -54,53 +52,26 @@ class AdaptiveK(Rewrite):
             )
 
     async def rewrite(self, call: Call) -> Call:
-        found = passages(call, text_counter(call), self.over)
-        n, before = len(found.texts), prompt_tokens(call)
-
-        def unfired(reason: str) -> Call:
-            return call.with_receipt(Receipt(self.name, False, reason, before, before))
-
-        if n < 2:
-            return unfired(f"{n} passages: there is nothing to choose")
-        if not self.buffer_factor and self.buffer + 1 >= n and self.order == "document":
-            return unfired(f"the buffer of {self.buffer} covers all {n} passages")
-        query = query_of(call, found)
-        if not query:
-            return unfired("no user message to compare the passages with")
-        try:
-            scored = await score(call, self.name, query, found.texts)
-        except BudgetExceeded as error:
-            if call.on_exceed == "refuse":
-                raise
-            return unfired(f"the budget cannot hold the embedding of {n} passages ({error.resource}): all kept")
-        order = ranked(scored.scores)
-        k = choose(
-            [scored.scores[i] for i in order],
-            strategy=self.strategy,
-            buffer=self.buffer,
-            buffer_factor=self.buffer_factor,
-            ignore_extreme=self.ignore_extreme,
-            ignore_tail=self.ignore_tail,
-            window=self.window,
+        return await keep_best(
+            call,
+            self.name,
+            over=self.over,
+            order=self.order,
+            covered=self._covered,
+            how_many=lambda scores: choose(
+                scores,
+                strategy=self.strategy,
+                buffer=self.buffer,
+                buffer_factor=self.buffer_factor,
+                ignore_extreme=self.ignore_extreme,
+                ignore_tail=self.ignore_tail,
+                window=self.window,
+            ),
         )
-        kept = order[:k] if self.order == "rank" else sorted(order[:k])
-        changed = found.keep(call, kept)
-        fired = kept != list(range(n)) if found.source is None else k < n
-        return changed.with_receipt(self._receipt(fired, k, n, before, prompt_tokens(changed), scored.spend, kept))
 
-    def _receipt(
-        self,
-        fired: bool,
-        k: int,
-        n: int,
-        before: int | None,
-        after: int | None,
-        spend: Spend,
-        kept: list[int],
-    ) -> Receipt:
-        reason = f"kept {k} of {n} passages" if fired else f"the cut and its buffer cover all {n} passages"
-        detail = {"passages": n, "kept": kept}
-        return Receipt(self.name, fired, reason, before, after, spend=spend, detail=detail)
+    def _covered(self, n: int) -> str | None:
+        buffered = not self.buffer_factor and self.buffer + 1 >= n
+        return f"the buffer of {self.buffer} covers all {n} passages" if buffered else None
 
 
 def choose(

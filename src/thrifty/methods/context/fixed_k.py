@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from thrifty.call import Call, Receipt
-from thrifty.context import passages
-from thrifty.errors import BudgetExceeded
+from thrifty.call import Call
 from thrifty.method import Rewrite, knob
-from thrifty.methods.context._passages import prompt_tokens, query_of, ranked, score, text_counter
+from thrifty.methods.context._passages import keep_best
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,37 +26,11 @@ class FixedK(Rewrite):
     over: int = knob(512, "cut a user message into paragraphs when it has more tokens", low=1, high=10_000_000)
 
     async def rewrite(self, call: Call) -> Call:
-        found = passages(call, text_counter(call), self.over)
-        n, before = len(found.texts), prompt_tokens(call)
-
-        def unfired(reason: str) -> Call:
-            return call.with_receipt(Receipt(self.name, False, reason, before, before))
-
-        if n < 2:
-            return unfired(f"{n} passages: there is nothing to choose")
-        if n <= self.k and self.order == "document":
-            return unfired(f"k = {self.k} covers all {n} passages")
-        query = query_of(call, found)
-        if not query:
-            return unfired("no user message to compare the passages with")
-        try:
-            scored = await score(call, self.name, query, found.texts)
-        except BudgetExceeded as error:
-            if call.on_exceed == "refuse":
-                raise
-            return unfired(f"the budget cannot hold the embedding of {n} passages ({error.resource}): all kept")
-        top = ranked(scored.scores)[: self.k]
-        kept = top if self.order == "rank" else sorted(top)
-        changed = found.keep(call, kept)
-        fired = kept != list(range(n)) if found.source is None else len(kept) < n
-        return changed.with_receipt(
-            Receipt(
-                self.name,
-                fired,
-                f"kept {len(kept)} of {n} passages" if fired else f"all {n} passages kept, as they were",
-                before,
-                prompt_tokens(changed),
-                spend=scored.spend,
-                detail={"passages": n, "kept": kept},
-            )
+        return await keep_best(
+            call,
+            self.name,
+            over=self.over,
+            order=self.order,
+            covered=lambda n: f"k = {self.k} covers all {n} passages" if n <= self.k else None,
+            how_many=lambda scores: self.k,
         )
