@@ -61,7 +61,7 @@ async def test_max_batch_bounds_a_step_and_all_get_their_turn(tiny_parts: Any) -
     engine = LocalEngine(*tiny_parts, "tiny", max_batch=3)
     sizes: list[int] = []
     forward = engine.scheduler._forward
-    engine.scheduler._forward = lambda rows: (sizes.append(len(rows)), forward(rows))[1]  # type: ignore[method-assign]
+    engine.scheduler._forward = lambda rows, *more: (sizes.append(len(rows)), forward(rows, *more))[1]  # type: ignore[method-assign]
     answers = await asyncio.gather(*(engine.generate(ask("t" * i, max_tokens=12)) for i in range(1, 9)))
     assert max(sizes) == 3
     assert all(a.spend.output > 0 for a in answers)
@@ -75,10 +75,10 @@ async def test_deterministic_rows_run_alone(tiny_parts: Any) -> None:
     special = ask("alone", deterministic=True)
     branches: dict[int, bool] = {}
 
-    def watched(rows: Any) -> Any:
+    def watched(rows: Any, between: Any = None) -> Any:
         if all(len(r.tokens) == 1 for r in rows):
             sizes.append([branches.get(id(r.store), False) for r in rows])
-        return forward(rows)
+        return forward(rows, between)
 
     engine.scheduler._forward = watched  # type: ignore[method-assign]
     opened = [await engine.open(c) for c in (special, ask("b"), ask("c"))]
@@ -124,6 +124,45 @@ async def test_a_call_cancelled_before_its_turn_costs_nothing(tiny_engine: Local
     assert account.held == {} and account.settled.output == 0
 
 
+async def test_others_go_on_while_a_long_prompt_is_read_and_its_cancelling_ends_the_reading(
+    tiny_engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = tiny_engine.runner
+    monkeypatch.setattr(runner, "max_chunk", 16)
+    short, long = ask("short", max_tokens=200), ask("w" * 300, max_tokens=3)
+    alone = [(await tiny_engine.generate(c)).tokens for c in (short, long)]
+    short, long = ask("short", max_tokens=200), ask("w" * 300, max_tokens=3)
+    branch, late = await tiny_engine.open(short), asyncio.create_task(tiny_engine.generate(long))
+    drawn_before = 0
+    while not late.done():
+        await branch.step()
+        drawn_before += 1
+    assert drawn_before > 300 // 16, "a step for each chunk, and those of the answer"
+    await tiny_engine.advance([branch], 200)
+    assert ((await branch.finish_up()).tokens, (await late).tokens) == tuple(alone)
+
+    passes, run = 0, runner._run
+
+    def counted(pieces: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes == 3:
+            loop.call_soon_threadsafe(doomed.cancel)
+            gone.wait(10)
+        run(pieces)
+
+    loop, gone = asyncio.get_running_loop(), threading.Event()
+    monkeypatch.setattr(runner, "_run", counted)
+    account = Account("doomed")
+    doomed = asyncio.create_task(tiny_engine.generate(ask("w" * 300, account)))
+    with pytest.raises(asyncio.CancelledError):
+        await doomed
+    gone.set()
+    again = await tiny_engine.generate(ask("x", max_tokens=1))
+    assert again.finish == "length" and passes <= 6, "the rest of the prompt was not read"
+    assert account.held == {} and account.settled.input > 300 and account.settled.output == 0
+
+
 async def test_a_reader_who_goes_away_stops_its_row(tiny_engine: LocalEngine) -> None:
     account = Account("t")
     taken: list[Delta] = []
@@ -164,10 +203,10 @@ async def test_a_failing_batch_fails_only_the_row_at_fault(tiny_parts: Any) -> N
     engine = LocalEngine(*tiny_parts, "tiny")
     forward = engine.scheduler._forward
 
-    def flaky(rows: Any) -> Any:
+    def flaky(rows: Any, between: Any = None) -> Any:
         if any(r.tokens is not None and len(r.tokens) == 1 and r.store is doomed.store for r in rows):
             raise RuntimeError("kernel says no")
-        return forward(rows)
+        return forward(rows, between)
 
     doomed = await engine.open(ask("doomed"))
     good = [await engine.open(ask(t)) for t in ("a", "b")]

@@ -112,9 +112,10 @@ class Runner:
         width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         return int(2 * self.layers * heads * width * self.dtype.itemsize)
 
-    def forward(self, rows: Sequence[Row]) -> list[Output]:
+    def forward(self, rows: Sequence[Row], between: Callable[[], None] | None = None) -> list[Output]:
         """Run the rows' new tokens and extend their stores; one Output a row, in order.
 
+        `between` is called after each chunk but the last; it may run other stores forward, and end this by raising.
         Raises InvalidInput for a row without tokens, ids outside the vocabulary, a store given twice, or a row that
         would pass the model's context length. When the model fails, every store is as it was.
         """
@@ -133,6 +134,8 @@ class Runner:
                     pieces.append((job, piece))
                 self._run(pieces)
                 order = [job for job in order if job.done < job.total]
+                if order and between is not None:
+                    between()
             return [self._commit(job) for job in jobs]
 
     def _job(self, row: Row) -> _Job:

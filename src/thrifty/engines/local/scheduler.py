@@ -1,9 +1,10 @@
 """Continuous batching: one thread runs the model for all branches, whoever asks, from whatever event loop.
 
 The thread's loop first does what was queued (copies for forks, freeing), then prefills one waiting prompt by itself,
-then runs one decode step over the branches that have leave to draw, at most `max_batch` of them, in turn. A
-branch whose caller is slow to take its stream has no leave and holds up nobody. Whatever goes wrong in one row ends
-that row: when a batch fails, its rows are run one by one.
+then runs one decode step over the branches that have leave to draw, at most `max_batch` of them, in turn. Between the
+chunks of a long prompt the others get a step, and a prompt whose branch was closed is read no further. A branch whose
+caller is slow to take its stream has no leave and holds up nobody. Whatever goes wrong in one row ends that row: when
+a batch fails, its rows are run one by one.
 
 Invariants: the model, and every cache, is used by this thread alone; a Turn is told exactly once.
 """
@@ -155,10 +156,14 @@ class Scheduler:
                 self._do(job)
             if prompt is not None:
                 self._prefill(*prompt)
-            batch = self._batch()
-            if batch:
-                self._step(batch)
-                self._rest(batch)
+            self._decode()
+
+    def _decode(self) -> None:
+        """One step of those that have leave to draw."""
+        batch = self._batch()
+        if batch:
+            self._step(batch)
+            self._rest(batch)
 
     def _do(self, job: Callable[[], None]) -> None:
         try:
@@ -202,9 +207,28 @@ class Scheduler:
             tell(None)
             return
         begun = time.perf_counter()
+        elsewhere = 0.0
+
+        def between() -> None:
+            """Lets the others live while a long prompt is read; ends the reading when nobody waits for it."""
+            nonlocal elsewhere
+            left = time.perf_counter()
+            with self._wake:
+                jobs = list(self._jobs)
+                self._jobs.clear()
+            for job in jobs:
+                self._do(job)
+            if branch.closed or self._stopping:
+                raise _NobodyWaits
+            self._decode()
+            elsewhere += time.perf_counter() - left
+
         try:
-            output = self._forward([row()])[0]
-            branch.prefilled(output, time.perf_counter() - begun)
+            output = self._forward([row()], between)[0]
+            branch.prefilled(output, time.perf_counter() - begun - elsewhere)
+        except _NobodyWaits:
+            branch.failure = _gone() if self._stopping else None
+            tell(branch.failure)
         except Exception as error:
             branch.failure = _known(error)
             tell(branch.failure)
@@ -353,8 +377,8 @@ class Scheduler:
 
     # -- details -----------------------------------------------------------------------------------------------
 
-    def _forward(self, rows: list[Row]) -> list[Output]:
-        return self.runner.forward(rows)
+    def _forward(self, rows: list[Row], between: Callable[[], None] | None = None) -> list[Output]:
+        return self.runner.forward(rows, between)
 
     def _failed(self, turn: Turn, error: Exception) -> None:
         known = _known(error)
@@ -387,7 +411,7 @@ class Scheduler:
             raise EngineError("this engine was closed: load it again")
 
     def _fail_all(self) -> None:
-        gone = EngineError("the engine was closed while this was running")
+        gone = _gone()
         with self._wake:
             turns, prompts = list(self._turns), list(self._prompts)
             self._prompts.clear()
@@ -396,6 +420,14 @@ class Scheduler:
         for branch, _, tell in prompts:
             branch.failure = gone
             tell(gone)
+
+
+class _NobodyWaits(Exception):
+    """Ends the reading of a prompt."""
+
+
+def _gone() -> EngineError:
+    return EngineError("the engine was closed while this was running")
 
 
 def _ready(turn: Turn) -> bool:
