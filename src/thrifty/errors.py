@@ -10,7 +10,7 @@ code    meaning
 2       bad input: an unknown name, a knob out of range, a broken file
 3       a budget refused the call
 4       an engine failed: down, hung, cut, or answered nonsense
-5       the ledger does not verify
+5       the ledger or a certificate does not verify
 130     interrupted; the run can be resumed
 ======  ==================================================================
 """
