@@ -329,6 +329,31 @@ async def test_what_is_paid_reaches_the_ledger_of_the_run(tmp_path: Path) -> Non
     assert {e.labels.plan for e in ledger.entries} == {p.hash for p in PLANS}
 
 
+async def test_no_result_is_written_before_its_entries_are_committed(tmp_path: Path) -> None:
+    from thrifty.ledger.memory import MemoryLedger
+
+    class Slow(MemoryLedger):
+        """Commits later, as a disk does."""
+
+        def append(self, entry: Entry, hold: str | None = None) -> Any:
+            super().append(entry, hold)
+            return self
+
+        def wait(self) -> None:
+            raise AssertionError("a run must not block its event loop")
+
+        async def done(self) -> None:
+            await asyncio.sleep(0.005)
+            committed.append(lines())
+
+    def lines() -> int:
+        return len(finished_lines(path)) if path.exists() else 0
+
+    path, committed = tmp_path / "r.jsonl", list[int]()
+    await measured(path, account=Account("bench", ledger=Slow()), concurrency=1)
+    assert committed == list(range(12)), "the entry of a result, then the result"
+
+
 async def test_a_remote_call_is_written_to_the_runs_ledger_before_it_is_made(tmp_path: Path) -> None:
     from thrifty.ledger.memory import MemoryLedger
 

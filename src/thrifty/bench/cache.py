@@ -156,12 +156,12 @@ class _Both(Hold):
     def book(
         self, actual: Spend, work: Work = _NO_WORK, *, estimated: bool = False, labels: Labels | None = None
     ) -> tuple[Entry, Ticket | None]:
-        booked = super().book(actual, work, estimated=estimated, labels=labels)
+        entry, _ = super().book(actual, work, estimated=estimated, labels=labels)
         mirror = self.mirror
         if mirror.closed:  # the example was over before its engine settled: what was spent is settled still
             mirror = Hold(mirror.account, amounts_of(_NOTHING, _NO_WORK), 0, self.labels, self.opened)
-        mirror.book(actual, work, estimated=estimated, labels=labels or self.labels)
-        return booked
+        _, ticket = mirror.book(actual, work, estimated=estimated, labels=labels or self.labels)
+        return entry, ticket  # who settles waits for the run's ledger: no result without its entries
 
     def release(self) -> None:
         super().release()

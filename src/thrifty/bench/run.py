@@ -14,22 +14,28 @@ import asyncio
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
 
-from thrifty.bench.cache import CachingEngine, GenerationCache, Tally
+from thrifty.bench.cache import GenerationCache
 from thrifty.bench.head import changed_settings, head
-from thrifty.bench.key import call_seed, digest, identities, result_key
+from thrifty.bench.key import digest, identities, result_key
+from thrifty.bench.measure import Job, Measured, Setting, measure, used_up
 from thrifty.bench.progress import Silent, Watcher
 from thrifty.bench.scoring import Score
 from thrifty.bench.scoring import score as score_answer
-from thrifty.bench.store import Result, Store
+from thrifty.bench.store import Store
 from thrifty.bench.task import Task
 from thrifty.budget import Account
-from thrifty.call import Answer, Sampling, merge_receipts
+from thrifty.call import Sampling
 from thrifty.engine import Engine
-from thrifty.errors import BudgetExceeded, EngineError, InvalidInput, ThriftyError
+from thrifty.errors import EngineError, InvalidInput
 from thrifty.plan import Plan
 from thrifty.spend import Spend
+
+if TYPE_CHECKING:
+    from thrifty.bench.fanout import Fleet
 
 GREEDY = Sampling()
 """The engine's own defaults."""
@@ -55,6 +61,8 @@ class Outcome:
     """tried now, and failed"""
     errors: list[str] = field(default_factory=list)
     """the first few failures"""
+    lost: list[str] = field(default_factory=list)
+    """how workers died that were replaced"""
     stopped: str | None = None
     """why it stopped early"""
     shared: int = 0
@@ -83,6 +91,9 @@ class Outcome:
             parts.append(f"{self.refused} refused by a budget")
         if self.failed:
             parts.append(f"{self.failed} failed and run again next time")
+        if self.lost:
+            died = "a worker" if len(self.lost) == 1 else f"{len(self.lost)} workers"
+            parts.append(f"{died} died and the work went on ({self.lost[-1]})")
         parts.append(f"{self.incurred.tokens:,} tokens paid")
         if self.shared:
             parts.append(f"{self.spend.tokens:,} without sharing")
@@ -90,24 +101,6 @@ class Outcome:
         if self.stopped:
             parts.append(f"stopped: {self.stopped}")
         return ", ".join(parts)
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One result to be made."""
-
-    key: str
-    plan: Plan
-    engine: str
-    task: Task
-    task_hash: str
-    seed: int
-    sample: int
-
-    @property
-    def example(self) -> tuple[str, int, int]:
-        """What plans share generations of."""
-        return self.task_hash, self.seed, self.sample
 
 
 async def run(
@@ -125,33 +118,46 @@ async def run(
     keep_text: bool = False,
     command: str | None = None,
     watcher: Watcher | None = None,
-    score: Score = score_answer,
+    score: Score | None = None,
+    unsafe: bool = False,
+    fleet: Fleet | None = None,
 ) -> Outcome:
     """Makes the missing results of plans x tasks x seeds x samples.
 
     `sampling` is what every call starts with (a task's max_tokens and the seed are filled in). `account` is
     that of the whole run; give it a Budget to stop within. `keep_text` keeps what the model wrote. `command`
-    is told in reports.
+    is told in reports. `score` replaces the tasks' own scorers; `unsafe` lets those run code that a model wrote
+    where this machine cannot isolate it. `fleet` measures in workers (`thrifty.bench.fanout`); `engines` are then
+    the fleet's.
 
     Raises InvalidInput for plans or tasks that cannot be told apart, PlanError for a plan that the engines
-    cannot run, EngineError when an engine fails many times in a row. Cancelling it loses nothing that was
-    finished."""
+    cannot run, EngineError when an engine fails many times in a row or an example ends its workers. Cancelling
+    it loses nothing that was finished."""
     given = dict(engines) if isinstance(engines, Mapping) else {"answer": engines}
     jobs = _jobs(plans, tasks, given, seeds, samples, sampling)
     run_account = account or Account("bench")
     if run_account.budget.kv_bytes_peak is not None:
         raise InvalidInput("a run's budget cannot limit kv_bytes_peak: limit it in the plans")
+    if fleet is not None and score is not None:
+        raise InvalidInput("a fleet's workers score with the tasks' own scorers: give `score` or `fleet`, not both")
     done = store.done
     missing = [job for job in jobs if job.key not in done]
     outcome = Outcome(suite, total=len(jobs), resumed=len(jobs) - len(missing))
     outcome.plans, outcome.keys = tuple(plan.hash for plan in plans), frozenset(job.key for job in jobs)
     if missing:
-        store.head(head(plans, tasks, given, suite, seeds, samples, sampling, concurrency, command))
-    bench = _Bench(given, store, suite, sampling, run_account, keep_text, watcher or Silent(), score, outcome)
+        facts = head(plans, tasks, given, suite, seeds, samples, sampling, concurrency, command)
+        store.head(facts if fleet is None else facts | {"workers": fleet.size})
+    bench = Bench(store, run_account, watcher or Silent(), outcome)
+    setting = Setting(suite, sampling, keep_text, unsafe)
     started = time.monotonic()
     bench.watcher.begin(suite, outcome.total, outcome.resumed)
     try:
-        await bench.work(missing, max(1, concurrency))
+        if fleet is None:
+            await _Here(bench, given, setting, score or partial(score_answer, unsafe=unsafe)).work(
+                missing, max(1, concurrency)
+            )
+        elif missing:
+            await fleet.work(missing, plans, bench, setting, max(1, concurrency))
     finally:
         outcome.seconds = time.monotonic() - started
         bench.watcher.end()
@@ -165,140 +171,31 @@ async def run(
 
 
 @dataclass
-class _Bench:
-    engines: Mapping[str, Engine]
+class Bench:
+    """Where results go, from whatever measured them: the store, the outcome, the progress bar."""
+
     store: Store
-    suite: str
-    sampling: Sampling
     account: Account
-    keep_text: bool
     watcher: Watcher
-    score: Score
     outcome: Outcome
     fatal: EngineError | None = None
-    _caches: dict[tuple[str, int, int], GenerationCache] = field(default_factory=dict)
-    _waiting: dict[tuple[str, int, int], int] = field(default_factory=dict)
     _failures: int = 0
 
-    async def work(self, jobs: Sequence[Job], concurrency: int) -> None:
-        """Runs the jobs, so many at once, in order."""
-        for job in jobs:
-            self._waiting[job.example] = self._waiting.get(job.example, 0) + 1
-        queue = iter(jobs)
-        workers = [asyncio.create_task(self._worker(queue)) for _ in range(min(concurrency, len(jobs)))]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+    def room(self) -> bool:
+        """Whether a further job may start: nothing has stopped the run, and its account is not used up."""
+        if self.outcome.stopped is None:
+            self.outcome.stopped = used_up(self.account)
+        return self.outcome.stopped is None
 
-    async def _worker(self, queue: Iterator[Job]) -> None:
-        for job in queue:
-            if self.outcome.stopped or not self._room():
-                return
-            cache = self._caches.setdefault(job.example, GenerationCache())
-            result = await self._one(job, cache)
-            if result is not None:
-                self.store.append(result)
-                self._count(result, job)
-            self._waiting[job.example] -= 1
-            if not self._waiting[job.example]:
-                self.outcome.shared += self._caches.pop(job.example).hits
-
-    def _room(self) -> bool:
-        """Whether the run's account still has something of everything it limits."""
-        try:
-            self.account.check_deadline()
-        except BudgetExceeded as error:
-            self.outcome.stopped = str(error)
-            return False
-        used_up = next((name for name, left in self.account.remaining().items() if left <= 0), None)
-        if used_up is not None:
-            self.outcome.stopped = f"the run's budget has no {used_up} left"
-        return used_up is None
-
-    async def _one(self, job: Job, cache: GenerationCache) -> Result | None:
-        """One result; None when the run's own account refused what it needed."""
-        tally = Tally(self.account)
-        alone = Account("example", ledger=tally)
-        judge = self.account.child("judge")
-        seen: dict[int, CachingEngine] = {}
-        engines: dict[str, Engine] = {}
-        for role, engine in self.engines.items():
-            if id(engine) not in seen:
-                seen[id(engine)] = CachingEngine(engine, cache, tally, seed=job.seed, sample=job.sample)
-            engines[role] = seen[id(engine)]
-        started = time.monotonic()
-        answer: Answer | None = None
-        error: ThriftyError | None = None
-        points: float | None = None
-        try:
-            answer = await self._answer(job, engines, alone)
-            points = await self.score(job.task, answer, self.engines, judge)
-        except BudgetExceeded as refusal:
-            if answer is not None:  # the judge's, which settles on the run's account
-                tally.refused = tally.refused or refusal
-            error, points = refusal, 0.0
-        except EngineError as failure:
-            error = failure
-        except InvalidInput as mistake:
-            mistake.add_note(f"plan {job.plan.name!r}, task {job.task.id!r}")
-            raise
-        finally:
-            tally.close()
-        if tally.refused is not None:
-            self.outcome.stopped = self.outcome.stopped or str(tally.refused)
-            self._pay(tally, judge)
-            return None
-        paid, paid_work = tally.paid()
-        receipts = merge_receipts(answer.receipts) if answer is not None else ()
-        return Result(
-            key=job.key,
-            suite=self.suite,
-            plan=job.plan.name,
-            plan_hash=job.plan.hash,
-            methods=tuple(m.name for m in job.plan.methods),
-            engine=job.engine,
-            task=job.task.id,
-            task_hash=job.task_hash,
-            score=points,
-            group=job.task.group,
-            seed=job.seed,
-            sample=job.sample,
-            finish=answer.finish if answer else "budget" if isinstance(error, BudgetExceeded) else "error",
-            spend=tally.spend(),
-            work=replace(tally.work(), kv_bytes_peak=max(tally.work().kv_bytes_peak, alone.work.kv_bytes_peak)),
-            incurred=paid,
-            incurred_work=paid_work,
-            roles=tally.by_role(),
-            judged=judge.settled,
-            receipts=tuple(r.to_dict() for r in receipts),
-            seconds=time.monotonic() - started,
-            error=None if error is None else f"{type(error).__name__}: {_one_line(error)}",
-            estimated=any(e.status == "estimated" for e in tally.entries),
-            text=answer.text if answer is not None and self.keep_text else None,
-        )
-
-    async def _answer(self, job: Job, engines: Mapping[str, Engine], account: Account) -> Answer:
-        task = job.task
-        pipeline = job.plan.build(engines)
-        sampling = replace(self.sampling, seed=call_seed(job.seed, job.sample))
-        if task.max_tokens is not None:
-            sampling = replace(sampling, max_tokens=task.max_tokens)
-        return await pipeline.ask(
-            task.messages,
-            account,
-            tools=task.tools,
-            context=task.context or None,
-            prefix=task.prefix,
-            sampling=sampling,
-        )
-
-    def _count(self, result: Result, job: Job) -> None:
-        outcome = self.outcome
+    def take(self, job: Job, measured: Measured) -> None:
+        """Writes and counts what became of a job."""
+        outcome, result = self.outcome, measured.result
+        outcome.incurred = outcome.incurred + measured.paid
+        if result is None:
+            outcome.stopped = outcome.stopped or measured.refused
+            return
+        self.store.append(result)
         outcome.spend = outcome.spend + result.spend
-        outcome.incurred = outcome.incurred + result.incurred + result.judged
         if result.score is None:
             outcome.failed += 1
             self._failures += 1
@@ -317,9 +214,40 @@ class _Bench:
             outcome.refused += result.error is not None
         self.watcher.update(result)
 
-    def _pay(self, tally: Tally, judge: Account) -> None:
-        """Counts what a dropped result had cost."""
-        self.outcome.incurred = self.outcome.incurred + tally.paid()[0] + judge.settled
+
+@dataclass
+class _Here:
+    """Measures in this process."""
+
+    bench: Bench
+    engines: Mapping[str, Engine]
+    setting: Setting
+    score: Score
+    _caches: dict[tuple[str, int, int], GenerationCache] = field(default_factory=dict)
+    _waiting: dict[tuple[str, int, int], int] = field(default_factory=dict)
+
+    async def work(self, jobs: Sequence[Job], concurrency: int) -> None:
+        """Runs the jobs, so many at once, in order."""
+        for job in jobs:
+            self._waiting[job.example] = self._waiting.get(job.example, 0) + 1
+        queue = iter(jobs)
+        workers = [asyncio.create_task(self._worker(queue)) for _ in range(min(concurrency, len(jobs)))]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _worker(self, queue: Iterator[Job]) -> None:
+        for job in queue:
+            if not self.bench.room():
+                return
+            cache = self._caches.setdefault(job.example, GenerationCache())
+            self.bench.take(job, await measure(job, cache, self.engines, self.bench.account, self.setting, self.score))
+            self._waiting[job.example] -= 1
+            if not self._waiting[job.example]:
+                self.bench.outcome.shared += self._caches.pop(job.example).hits
 
 
 # -- details -------------------------------------------------------------------------------------------------
@@ -369,7 +297,3 @@ def _jobs(
         for sample in range(samples)
         for plan, roles, answer in named
     ]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500]

@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
@@ -21,7 +20,6 @@ from thrifty.bench.progress import Live, Silent, Watcher
 from thrifty.bench.report import show, write
 from thrifty.bench.row import check_axis
 from thrifty.bench.run import GREEDY, Outcome, run
-from thrifty.bench.scoring import score
 from thrifty.bench.store import Store, read
 from thrifty.bench.suites import AXIS, Suite, axis_of
 from thrifty.bench.task import Task
@@ -30,6 +28,9 @@ from thrifty.call import Call, Sampling
 from thrifty.engine import Engine
 from thrifty.errors import InvalidInput, ThriftyError
 from thrifty.plan import Plan
+
+if TYPE_CHECKING:
+    from thrifty.bench.fanout import Fleet
 
 T = TypeVar("T")
 
@@ -117,6 +118,7 @@ def study(
     account: Account | None = None,
     keep_text: bool = True,
     unsafe: bool = False,
+    fleet: Fleet | None = None,
     command: str | None = None,
     console: Console | None = None,
     progress: bool = True,
@@ -124,7 +126,8 @@ def study(
     """Measures the items, prints their tables, and writes results, picture and page into the folder `out`.
 
     Progress goes to standard error, the tables to `console` (None: they are not printed). A budget on
-    `account` stops it within; what is there is reported. Raises Interrupted on Ctrl-C, EngineError when an
+    `account` stops it within; what is there is reported. With a `fleet`, its workers measure, and `engines` are
+    the fleet's. Raises Interrupted on Ctrl-C, EngineError when an
     engine is gone (what was finished is kept), InvalidInput for an unknown axis or a folder that is in use.
     """
     for item in items:
@@ -158,7 +161,8 @@ def study(
                     keep_text=keep_text,
                     command=command,
                     watcher=watcher,
-                    score=partial(score, unsafe=unsafe),
+                    unsafe=unsafe,
+                    fleet=fleet,
                 )
                 if progress:
                     screen.print(outcome.line(), highlight=False, markup=False)

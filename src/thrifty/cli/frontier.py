@@ -17,6 +17,7 @@ from thrifty.errors import BudgetExceeded, EngineError, InvalidInput, PlanError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from thrifty.bench.fanout import Fleet
     from thrifty.bench.study import Item, Study
     from thrifty.engine import Engine
     from thrifty.plan import Plan
@@ -43,7 +44,27 @@ def frontier(
     quick: Annotated[bool, typer.Option("--quick", help="A few examples, to see that all works.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Makes tasks, order and sampling repeatable.")] = 0,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Answers to each example.")] = 1,
-    concurrency: Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Examples in flight.")] = 8,
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", "-c", min=1, help="Examples in flight, over all workers.")
+    ] = 8,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            "-w",
+            min=1,
+            help="Measure in so many processes, each with its own engines and its share of the cores. With --ray: so "
+            "many workers on the cluster (otherwise one a GPU, or one a node).",
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Measure on a Ray cluster: HOST:PORT of its head, or auto for the cluster of this machine.",
+        ),
+    ] = None,
     embedder: Embedder = "minilm",
     judge: Annotated[str | None, typer.Option("--judge", help="Engine for tasks that a judge scores.")] = None,
     unsafe: Annotated[
@@ -62,7 +83,8 @@ def frontier(
     """Measure plans on tasks: score against spend, with paired intervals, beside the unmodified engine.
 
     Prints a table a suite and writes results.jsonl, frontier.png and report.html. Started again, it goes on where it
-    stopped. --budget limits the whole run.
+    stopped. --budget limits the whole run, its workers together. A worker that dies is replaced and its examples are
+    measured again; what it had spent stays in the ledger.
     """
     try:
         from rich.console import Console
@@ -81,10 +103,13 @@ def frontier(
     if axis is not None:
         check_axis(axis)
     plans = [_load(path) for path in plan or ()]
-    engines = _engines(suites or ["demo"], plans, model, embedder, judge, prices)
-    items = _items(suites or ["demo"], plans, engines, n, quick, seed)
-    book = ledger_of(ledger)
+    specs = _specs(suites or ["demo"], plans, model, embedder, judge)
+    fleet = _fleet(specs, workers, ray, prices)
+    book = None
     try:
+        engines = _engines(specs, prices) if fleet is None else fleet.engines
+        items = _items(suites or ["demo"], plans, engines, n, quick, seed)
+        book = ledger_of(ledger)
         found = study(
             items,
             engines,
@@ -94,11 +119,14 @@ def frontier(
             samples=samples,
             concurrency=concurrency,
             unsafe=unsafe,
+            fleet=fleet,
             account=Account("frontier", limits, ledger=book),
             command=_command(),
             console=console,
         )
     finally:
+        if fleet is not None:
+            fleet.close()
         if book is not None:
             book.close()  # type: ignore[attr-defined]
     _finish(found, json, save)
@@ -137,11 +165,30 @@ def _items(
     return items
 
 
-def _engines(
-    names: Sequence[str], plans: Sequence[Plan], model: str, embedder: str, judge: str | None, prices: Path | None
-) -> dict[str, Engine]:
-    from thrifty.bench import suites
+def _engines(specs: Mapping[str, str], prices: Path | None) -> dict[str, Engine]:
     from thrifty.engines.spec import resolve_roles
+
+    return resolve_roles(specs, prices=table_of(prices))
+
+
+def _fleet(specs: Mapping[str, str], workers: int | None, ray: str | None, prices: Path | None) -> Fleet | None:
+    """The workers that were asked for; None when this process measures."""
+    if ray is not None:
+        from thrifty.bench.ray_cluster import RayCluster
+
+        return RayCluster(ray, specs, workers, prices=table_of(prices))
+    if workers is None:
+        return None
+    from thrifty.bench.workers import Processes
+
+    return Processes(specs, workers, prices=table_of(prices))
+
+
+def _specs(names: Sequence[str], plans: Sequence[Plan], model: str, embedder: str, judge: str | None) -> dict[str, str]:
+    """Specifications of the engines by role. Raises InvalidInput for what cannot be read, before anything is
+    loaded."""
+    from thrifty.bench import suites
+    from thrifty.engines.spec import read
 
     used = list(plans)
     for name in names:
@@ -166,7 +213,9 @@ def _engines(
                     "compares plans on the same engines; run one for each"
                 )
         specs |= plan.engines
-    return resolve_roles(specs, prices=table_of(prices))
+    for spec in specs.values():
+        read(spec)
+    return specs
 
 
 def _command() -> str:
