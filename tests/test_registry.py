@@ -115,6 +115,13 @@ def test_an_entry_point_whose_method_has_another_name_is_refused(installed: Path
         registry.get("kindly")
 
 
+def test_a_knob_that_hides_the_methods_name_is_refused(installed: Path) -> None:
+    (installed / "politely_pkg.py").write_text(PACKAGE.replace("times: int", "use: int"))
+    install(installed, "thrifty-politely", "politely = politely_pkg:Politely")
+    with pytest.raises(PlanError, match="'politely': a knob cannot be called 'use'"):
+        registry.get("politely")
+
+
 def test_every_file_of_a_family_is_a_method_of_its_name() -> None:
     root = Path(thrifty.__file__).parent / "methods"
     files = {f.stem.replace("_", "-"): f.parent.name for family in FAMILIES for f in (root / family).glob("[!_]*.py")}

@@ -188,9 +188,22 @@ class Policies(Method):
         return dataclasses.replace(call, policies=(*call.policies, *new))
 
     async def __call__(self, call: Call, next: Next) -> Answer:
-        return await next(self._attach(call))
+        """What its policies' probes cost, which the engine bills apart, is part of the answer's Spend."""
+        if any(policy.method == self.name for policy in call.policies):
+            return await next(self._attach(call))  # one of the same name above charges for both
+
+        def charge(answer: Answer) -> Answer:
+            own = [r for r in answer.receipts[len(call.receipts) :] if r.method == self.name]
+            spend, work = total_spend(r.spend for r in own), total_work(r.work for r in own)
+            return dataclasses.replace(answer, spend=answer.spend + spend, work=answer.work + work)
+
+        attached = self._attach(call)
+        if attached.emit is not None:
+            attached = dataclasses.replace(attached, emit=_charging(attached.emit, charge))
+        return charge(await next(attached))
 
     async def open(self, call: Call, next: Next) -> Branch:
+        """What probes cost is in the receipt and on the account, not in the branch's own Spend."""
         return await next.open(self._attach(call))
 
 

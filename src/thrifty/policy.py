@@ -74,11 +74,15 @@ class Feed:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Fork, append `text`, generate at most `max_tokens`, and hand the text to `then`, whose verdict counts."""
+    """Fork, append `text`, generate at most `max_tokens`, and hand the text to `then`, whose verdict counts.
+
+    `watch` rides on the fork, as its only decode policy and uncopied: it sees the probe's logits and tokens, and its
+    Stop ends the probe."""
 
     text: str
     max_tokens: int
     then: Callable[[str], Verdict]
+    watch: DecodePolicy | None = None
 
 
 Verdict: TypeAlias = Continue | Stop | Force | Feed | Probe

@@ -66,7 +66,7 @@ def get(name: str) -> type[Method]:
     ]
     if len(classes) != 1:
         raise PlanError(f"{source.target} must define one Method with name = {name!r}; it defines {len(classes)}")
-    return classes[0]
+    return _sound(classes[0])
 
 
 def _foreign(name: str, source: Source) -> type[Method]:
@@ -81,7 +81,16 @@ def _foreign(name: str, source: Source) -> type[Method]:
         raise PlanError(f"{where}: {source.target} is no thrifty.Method class")
     if found.name != name:
         raise PlanError(f"{where}: the class calls itself {found.name!r}; its entry point must have the same name")
-    return found
+    return _sound(found)
+
+
+def _sound(method: type[Method]) -> type[Method]:
+    """The class. Raises PlanError when a knob is called `use`: in TOML that is the method's own name."""
+    if "use" in method.knobs():
+        raise PlanError(
+            f"method {method.name!r}: a knob cannot be called 'use', which names the method in TOML: rename it"
+        )
+    return method
 
 
 def names() -> tuple[str, ...]:

@@ -287,7 +287,7 @@ def _outside(default: Any, allowed: Range) -> list[Any]:
     if allowed.choices:
         return [*wrong, "no such choice"]
     if isinstance(default, tuple):
-        wrong += [7, ["x"] * len(default)]
+        wrong += [7, [7 if isinstance(x, str) else "x" for x in default]]
     elif isinstance(default, str):
         wrong += [7]
     else:

@@ -13,6 +13,8 @@ from thrifty import Account, Answer, Call, Method, Next, Receipt, Spend
 from thrifty.methods.context.adaptive_k import AdaptiveK
 from thrifty.methods.context.fixed_k import FixedK
 from thrifty.methods.context.truncation import Truncation
+from thrifty.methods.decode.answer_convergence import AnswerConvergence
+from thrifty.methods.decode.budget_forcing import BudgetForcing
 from thrifty.methods.prompt.budget_prompt import BudgetPrompt
 from thrifty.methods.prompt.chain_of_draft import ChainOfDraft
 from thrifty.methods.prompt.plan_and_budget import PlanAndBudget
@@ -139,6 +141,26 @@ def next_finished(rows: list[first_finish_search.Branch]) -> first_finish_search
     return next(row for row in rows if row.finish)
 
 
+# -- decode --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeProbes(AnswerConvergence):
+    """Counts its probes as free."""
+
+    async def __call__(self, call: Call, next: Next) -> Answer:
+        answer = await super().__call__(call, next)
+        return replace(answer, receipts=tuple(replace(r, spend=Spend()) for r in answer.receipts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeverIdle(BudgetForcing):
+    """Opens a thinking block whatever it was told."""
+
+    def ready(self, call: Call) -> tuple[Call, str | None]:
+        return replace(call, prefix=f"{self.opening}\n"), None
+
+
 MUTANTS: tuple[tuple[str, type[Method], str], ...] = (
     ("prompt", Silent, "always a receipt"),
     ("prompt", Flattening, "images, tools, unknown fields"),
@@ -151,6 +173,8 @@ MUTANTS: tuple[tuple[str, type[Method], str], ...] = (
     ("search", Leaking, "streamed = whole"),
     ("search", Unstoppable, "cancelled in the middle"),
     ("search", OpenLosers, "receipt sums to the ledger"),
+    ("decode", FreeProbes, "receipt sums to the ledger"),
+    ("decode", NeverIdle, "identity"),
 )
 
 

@@ -19,7 +19,7 @@ ROWS = [
     for name in registry.names()
     for law in LAWS
     for kind in (engines_for(registry.get(name)) or [""])
-    if kind != TINY or law.model
+    if kind != TINY or law.model or (law.once and engines_for(registry.get(name)) == [TINY])
 ]
 
 

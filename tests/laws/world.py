@@ -34,6 +34,37 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "truncation": {"tokens": 30},
     "plan-and-budget": {"plan_tokens": 24},
     "no-thinking": {"unknown": "force"},
+    "beam": {"step_tokens": 4, "keep": 4},
+    "self-certainty": {"step_tokens": 4, "keep": 4},
+    "a-star-decoding": {"step_tokens": 4, "keep": 4},
+    "latent-trajectory": {"samples": 2, "segment": 1, "threshold": 2.0},
+    "answer-convergence": {
+        "agree": 1,
+        "boundary": "token",
+        "cue": "",
+        "keep": 1,
+        "probe_tokens": 8,
+        "chunk": 4,
+        "unknown": "force",
+        "begin": "prefix",
+    },
+    "thought-terminator": {
+        "deadline": 2,
+        "answer_tokens": 8,
+        "last_words": "",
+        "cue": "",
+        "keep": 1,
+        "unknown": "force",
+        "begin": "prefix",
+    },
+    "budget-forcing": {"most": 1, "cue": "", "keep": 1, "unknown": "force", "begin": "prefix"},
+    "cyclic-reflex": {"words": ["a", "e"], "period": 4, "keep": 0, "unknown": "force", "begin": "prefix"},
+    "cgrs": {"threshold": 0.0, "words": ["a", "e"], "boundary": "token", "cue": "=", "probe_tokens": 1, "every": 4}
+    | {"keep": 0, "unknown": "force", "begin": "prefix"},
+    "adaptive-think": {"alpha": 1.0, "options": ["a", "e"], "boundary": "token", "merge": 0, "cue": "="}
+    | {"closing": "+", "keep": 0, "unknown": "force", "begin": "prefix"},
+    "soft-thinking": {"keep": 0, "unknown": "force", "begin": "prefix"},
+    "swi-reasoning": {"keep": 0, "unknown": "force", "begin": "prefix"},
 }
 
 FACTS = (
@@ -63,6 +94,8 @@ def speak(call: Call, draw: Draw) -> Reply:
         return Reply(json.dumps({"level": 2, "credits": [60, 40]}))
     if "in order; an easy question" in text:
         return Reply("1. Where is the code? (notes)\n2. What does it say? (read)")
+    if "Is the solution correct?" in text:
+        return Reply("Step 1: \\boxed{correct} Is the solution correct? yes")
     words = ["so"] * draw.randint(2, 20)
     return Reply(" ".join(words) + f" #### {draw.choice(['42', '42', '7'])}", thinking="hm " * draw.randint(1, 6))
 

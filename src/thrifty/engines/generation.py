@@ -26,6 +26,7 @@ from thrifty.errors import InvalidInput
 from thrifty.ledger.entry import Labels
 from thrifty.policy import CONTINUE, Force, Overruled, Stop, Verdict
 from thrifty.spend import Spend, Work
+from thrifty.thinking import left_open
 
 
 class Codec(Protocol):
@@ -63,6 +64,8 @@ class Generation:
         self.receipts: list[Receipt] = list(call.receipts)
         self.policies = tuple(p.fork() for p in call.policies)
         self.limit = sampling.max_tokens if limit is None else limit
+        if tags is not None and call.draft is None:
+            thinking = thinking or left_open(call.prefix, *tags)
         self.shape = Shape(sampling.stop, call.draft, call.prefix, tags, thinking)
         self.pieces = Pieces(codec.decode)
         self.tool_calls: tuple[Mapping[str, Any], ...] = ()
@@ -92,6 +95,11 @@ class Generation:
     def output(self) -> int:
         """Output tokens of this branch's own."""
         return len(self.tokens) - self.inherited
+
+    @property
+    def chose_end(self) -> bool:
+        """Whether the model chose to end with the last token drawn; Force takes that back."""
+        return self._chose_end
 
     @property
     def work(self) -> Work:

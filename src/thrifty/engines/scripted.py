@@ -304,6 +304,8 @@ class ScriptedBranch(Generation):
 
     async def _probe(self, probe: Probe, method: str) -> Verdict:
         """Runs a probe on a fork, in its method's name, and hands what it said to `then`."""
+        if probe.watch is not None:
+            self.engine._check_policy(probe.watch)
         labels = replace(self.tab.labels, method=method)
         asked = len(self.codec.encode(probe.text)) + probe.max_tokens
         call = replace(self.call, prefix=self.text + probe.text, draft=None, policies=(), receipts=(), emit=None)
@@ -314,12 +316,12 @@ class ScriptedBranch(Generation):
             self.aside(Receipt(method, False, f"probe refused: {refusal.resource} ran out"))
             return CONTINUE
         try:
-            fork.policies, fork.receipts = (), []
+            fork.policies, fork.receipts = () if probe.watch is None else (probe.watch,), []
             fork.finish, fork.limit = None, len(self.tokens) + asked
             fork.shape.drafting, fork.shape.stop = False, ()
             fork.force(probe.text)
             start = len(fork.text)
-            fork._read(self.engine.reply(call, self.engine._draw(call, None)))
+            fork._read(self.engine.reply(call, self.engine._draw(call, 0)))  # greedy: always the same
             fork._at = 0
             while await fork.step() is not None:
                 pass

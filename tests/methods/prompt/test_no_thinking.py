@@ -9,7 +9,8 @@ import pytest
 from thrifty import Account, Call, Draft, InvalidInput
 from thrifty.call import text_of
 from thrifty.engines.scripted import PROVIDES, ScriptedEngine
-from thrifty.methods.prompt.no_thinking import NoThinking, empty_block, has_tags
+from thrifty.methods.prompt.no_thinking import NoThinking, empty_block
+from thrifty.thinking import has_tags
 
 BLOCK = "<think>\nOkay, I think I have finished thinking.\n</think>\n\n"
 

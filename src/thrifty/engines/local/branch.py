@@ -286,6 +286,8 @@ class LocalBranch(Generation):
             self.aside(Receipt(method, False, f"probe refused: {refusal.resource} ran out"))
             return None
         twin.policies = tuple(p for p in twin.policies if not isinstance(p, DecodePolicy))
+        if probe.watch is not None:
+            twin.policies += (probe.watch,)
         twin.receipts = []
         twin._bind()
         twin.shape.drafting, twin.shape.stop, twin._draft_limit = False, (), None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from thrifty.call import Call, Receipt
-from thrifty.errors import InvalidInput
 from thrifty.method import Rewrite, knob
 from thrifty.methods.prompt._system import prompt_tokens
+from thrifty.thinking import CLOSING, OPENING, check_tags, has_tags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +26,14 @@ class NoThinking(Rewrite):
     needs = frozenset({"text", "continue"})
     no_identity = "an answer that starts with a thinking block is another prompt, whatever the block says"
 
-    opening: str = knob("<think>", "what opens the model's thinking block")
-    closing: str = knob("</think>", "what closes it")
+    opening: str = knob(OPENING, "what opens the model's thinking block")
+    closing: str = knob(CLOSING, "what closes it")
     thought: str = knob("Okay, I think I have finished thinking.", "what the block says; may be empty")
     unknown: str = knob("skip", "when the model is known to lack the tags", choices=("skip", "force"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.opening.strip() or not self.closing.strip():
-            raise InvalidInput("no-thinking: knobs opening and closing need text, such as '<think>' and '</think>'")
+        check_tags(self.name, self.opening, self.closing)
 
     async def rewrite(self, call: Call) -> Call:
         if call.draft is not None:
@@ -54,27 +53,10 @@ class NoThinking(Rewrite):
         return changed.with_receipt(Receipt(self.name, True, reason, before, prompt_tokens(changed)))
 
 
-def empty_block(opening: str = "<think>", closing: str = "</think>", thought: str = "") -> str:
+def empty_block(opening: str = OPENING, closing: str = CLOSING, thought: str = "") -> str:
     """The thinking block that the answer begins with.
 
     >>> empty_block(thought="Done.")
     '<think>\\nDone.\\n</think>\\n\\n'
     """
     return f"{opening}\n{thought}\n{closing}\n\n"
-
-
-def has_tags(call: Call, *tags: str) -> bool | None:
-    """Whether each tag is one token of the answering model; None when its tokenizer is not at hand.
-
-    Counted on a probe message: a word more, then the tag more, so that the template's own tokens cancel.
-    """
-    engine = call.engines.get("answer")
-    if engine is None or "logits" not in engine.capabilities:
-        return None
-    probe = call.on_behalf(NoThinking.name)
-
-    def tokens(text: str) -> int:
-        return engine.count(replace(probe, messages=({"role": "user", "content": text},)))
-
-    alone = tokens("a")
-    return all(tokens(f"a{tag}") - alone == 1 for tag in tags)
