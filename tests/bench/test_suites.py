@@ -31,7 +31,7 @@ def test_arithmetic_asks_for_at_most_96_new_tokens() -> None:
 
 def test_names_are_refused_with_the_nearest() -> None:
     assert [s.name for s in find("demo")] == ["retrieval", "arithmetic"]
-    assert set(names()) == {"retrieval", "arithmetic", "demo"}
+    assert set(names()) == {"retrieval", "arithmetic", "thinker", "demo"}
     with pytest.raises(InvalidInput, match="unknown suite 'retrival': did you mean 'retrieval'"):
         find("retrival")
 

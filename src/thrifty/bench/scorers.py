@@ -340,6 +340,7 @@ class _Guarded:
 def _factories() -> dict[str, Callable[..., Scorer]]:
     from thrifty.bench.llm_judge import Judge
     from thrifty.bench.verifier import ReasoningGym
+    from thrifty.lab.suite import LabVerifier
 
     return {
         "exact": Exact,
@@ -351,6 +352,7 @@ def _factories() -> dict[str, Callable[..., Scorer]]:
         "judge": Judge,
         "code": Code,
         "reasoning-gym": ReasoningGym,
+        "lab": LabVerifier,
     }
 
 

@@ -77,6 +77,16 @@ SUITES: Mapping[str, Suite] = {
             n=14,
             quick=3,
         ),
+        Suite(
+            name="thinker",
+            about="generated problems on which the lab's thinker gains by thinking; for --model thinker",
+            axis="tokens",
+            tasks="thinker",
+            n=120,
+            quick=12,
+            # the model was trained to err, to doubt and to repair at temperature 1; greedily it does hardly any of it
+            sampling=Sampling(temperature=1.0),
+        ),
     )
 }
 

@@ -265,7 +265,7 @@ def _dataset_rows(
 
 def suites() -> tuple[str, ...]:
     """The built-in suites. `reasoning-gym:NAME` stands for each of its generators."""
-    return ("needles", "arithmetic", "reasoning-gym:NAME")
+    return ("needles", "arithmetic", "thinker", "reasoning-gym:NAME")
 
 
 def suite(
@@ -287,6 +287,10 @@ def suite(
         from thrifty.bench.needles import needles
 
         return needles(n, seed, count=count, **_checked(needles, given, ("n", "seed", "count"), name))
+    if name == "thinker":
+        from thrifty.lab.suite import lab_tasks
+
+        return lab_tasks(n, seed, **_checked(lab_tasks, given, ("n", "seed"), name))
     from thrifty.bench import gym
 
     if name == "arithmetic":

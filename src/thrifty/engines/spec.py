@@ -72,7 +72,7 @@ def _local(model: str, prices: PriceTable | None, options: Mapping[str, Any]) ->
         )
     from thrifty.engines.local import embedded, hub
 
-    if model in embedded.MODELS:
+    if embedded.known(model):
         embedded.path(model)  # says how to get it, before anything heavy is imported
     table = prices or PriceTable.local()
     with hub.loading(model):

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from thrifty.engines.local import packaged
 from thrifty.errors import InvalidInput, ThriftyError, Unsupported, nearest
 
 Progress = Callable[[str, float | None], None]
@@ -131,6 +132,16 @@ class Listed:
     about: str
 
 
+def names() -> tuple[str, ...]:
+    """Every embedded model: those that come with Thrifty itself, and `MODELS`."""
+    return (*packaged.MODELS, *MODELS)
+
+
+def known(name: str) -> bool:
+    """Whether a model of this name is embedded."""
+    return name in names()
+
+
 def home() -> Path:
     """The per-user cache folder of Thrifty (not created here)."""
     if own := os.environ.get("THRIFTY_HOME"):
@@ -146,6 +157,8 @@ def get(name: str, progress: Progress | None = None) -> Path:
     Raises InvalidInput for an unknown name or a file whose checksum differs, Unsupported where pip or the
     extra `local` is missing, ThriftyError where the download fails or the disk is full.
     """
+    if name in packaged.MODELS:
+        return packaged.path(name)
     model = _model(name)
     folder = _folder(name)
     if _damage(folder, verify=False) is None:
@@ -178,6 +191,8 @@ def path(name: str, verify: bool = False) -> Path:
 
     Raises InvalidInput where it is absent or damaged, saying what to run.
     """
+    if name in packaged.MODELS:
+        return packaged.path(name, verify)
     _model(name)
     folder = _folder(name)
     if not folder.is_dir():
@@ -197,16 +212,19 @@ def gguf_path(name: str) -> Path:
 
     Raises InvalidInput where the model is absent, Unsupported where it has no GGUF file.
     """
-    model = _model(name)
-    if model.gguf is None:
+    model = None if name in packaged.MODELS else _model(name)
+    if model is None or model.gguf is None:
         having = ", ".join(sorted(m.name for m in MODELS.values() if m.gguf is not None))
         raise Unsupported(f"model {name!r} has no GGUF file; those that have one: {having}")
     return path(name) / model.gguf
 
 
 def listing() -> list[Listed]:
-    """Every embedded model, present or not."""
-    rows = []
+    """Every embedded model, present or not: those that come with Thrifty first."""
+    rows = [
+        Listed(m.name, m.kind, m.licence, packaged.size(m.name), packaged.present(m.name), m.folder, m.about)
+        for m in packaged.MODELS.values()
+    ]
     for model in MODELS.values():
         folder = _folder(model.name)
         manifest = _manifest(folder)
@@ -223,7 +241,7 @@ def listing() -> list[Listed]:
 
 def _model(name: str) -> EmbeddedModel:
     if name not in MODELS:
-        raise InvalidInput(nearest(name, MODELS, "embedded model"))
+        raise InvalidInput(nearest(name, names(), "embedded model"))
     return MODELS[name]
 
 

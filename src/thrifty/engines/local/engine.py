@@ -352,7 +352,7 @@ def _quiet() -> Iterator[None]:
 
 def _folder(name: str | Path) -> str | Path:
     """Where a model is: an embedded one's folder, else what was given."""
-    return embedded.path(name) if isinstance(name, str) and name in embedded.MODELS else name
+    return embedded.path(name) if isinstance(name, str) and embedded.known(name) else name
 
 
 def _short(name: str | Path) -> str:

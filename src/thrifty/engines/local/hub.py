@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from thrifty.engines.local.embedded import MODELS
+from thrifty.engines.local.embedded import known, names
 from thrifty.errors import InvalidInput, nearest
 
 _PATIENCE = 5.0
@@ -28,7 +28,7 @@ def loading(name: str) -> Iterator[None]:
     from huggingface_hub import constants
 
     before = offline = constants.HF_HUB_OFFLINE
-    if name not in MODELS:
+    if not known(name):
         _check_folder(Path(name))
         offline = before if Path(name).exists() else _check(name)
     constants.HF_HUB_OFFLINE = offline
@@ -58,8 +58,8 @@ def _check(name: str) -> bool:
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable()
     if why and not cached:
         raise InvalidInput(
-            f"{nearest(name, MODELS, 'model')}; it is no folder, not in the hub's cache, and the hub cannot be reached "
-            f"({why}): give a model folder, or a hub id where there is a network"
+            f"{nearest(name, names(), 'model')}; it is no folder, not in the hub's cache, and the hub cannot be "
+            f"reached ({why}): give a model folder, or a hub id where there is a network"
         )
     return bool(why)
 
