@@ -11,6 +11,7 @@ code    meaning
 3       a budget refused the call
 4       an engine failed: down, hung, cut, or answered nonsense
 5       the ledger or a certificate does not verify
+6       tuning ended, and no plan could be certified
 130     interrupted; the run can be resumed
 ======  ==================================================================
 """

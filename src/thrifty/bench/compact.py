@@ -81,7 +81,7 @@ def _stripped(result: Result) -> Result:
     """Nothing that could quote the model, and no figure that depends on the machine's load."""
     receipts = tuple({"method": r.get("method", ""), "fired": bool(r.get("fired"))} for r in result.receipts)
     error = None if result.error is None else result.error.partition(":")[0]
-    return replace(result, receipts=receipts, error=error, text=None, seconds=round(result.seconds, 2))
+    return replace(result, receipts=receipts, error=error, text=None, final=None, seconds=round(result.seconds, 2))
 
 
 def _merged(heads: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

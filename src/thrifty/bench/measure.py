@@ -140,6 +140,7 @@ async def measure(
         error=None if error is None else f"{type(error).__name__}: {_one_line(error)}",
         estimated=any(e.status == "estimated" for e in tally.entries),
         text=answer.text if answer is not None and setting.keep_text else None,
+        final=answer.parsed if answer is not None and setting.keep_text else None,
     )
     return Measured(result, None, paid + judge.settled)
 

@@ -72,6 +72,8 @@ class Result:
     estimated: bool = False
     text: str | None = None
     """what the model wrote; kept in local files only, and only on request"""
+    final: str | None = None
+    """the final answer that a method parsed; kept with the text"""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; empty fields left out."""
@@ -87,7 +89,7 @@ class Result:
             "score": self.score,
             "finish": self.finish,
         }
-        for name in ("group", "error", "text"):
+        for name in ("group", "error", "text", "final"):
             if (value := getattr(self, name)) is not None:
                 data[name] = value
         for name in ("seed", "sample", "estimated"):

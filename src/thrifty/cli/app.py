@@ -7,13 +7,13 @@ from typing import Annotated
 import typer
 
 from thrifty import __version__
-from thrifty.cli import ask, frontier, ledger, methods, models, plan, run, verify
+from thrifty.cli import ask, frontier, ledger, methods, models, plan, run, tune, verify
 
 app = typer.Typer(
     name="thrifty",
     help="Token budgets for language and vision-language models.",
     epilog="Exit codes: 0 done, 2 bad input, 3 a budget refused, 4 an engine failed, 5 the ledger or a "
-    "certificate does not verify, 130 interrupted (run the same command again to resume).",
+    "certificate does not verify, 6 nothing was certified, 130 interrupted (run the same command again to resume).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,6 +38,7 @@ def _root(
 app.command("ask")(ask.ask)
 app.command("run")(run.run)
 app.command("frontier")(frontier.frontier)
+app.command("tune")(tune.tune)
 app.command("verify")(verify.verify)
 app.add_typer(methods.app, name="methods")
 app.add_typer(plan.app, name="plan")

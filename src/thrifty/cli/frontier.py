@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 def frontier(
     suites: Annotated[
         list[str] | None,
-        typer.Argument(help="Suites (retrieval, arithmetic, demo), reasoning-gym:NAME, or task files in JSONL."),
+        typer.Argument(
+            help="Suites (retrieval, arithmetic, thinker, demo), reasoning-gym:NAME, or task files in JSONL."
+        ),
     ] = None,
     model: Annotated[str, typer.Option("--model", "-m", help="Engine to measure on.")] = "smollm2",
     plan: Annotated[
