@@ -47,6 +47,15 @@ def test_this_venv_has_no_torch() -> None:
     refused(thrifty("ask", "hello", "--model", "smollm2"), 2, "torch", "thrifty[local]")
 
 
+def test_a_model_that_is_asked_for_answers_in_the_place_of_the_plans(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text('[engines]\nanswer = "scripted:echo"\n')
+    own = thrifty("ask", "hello", "--plan", plan, "--no-stream")
+    assert own.returncode == 0 and "hello" in own.stdout
+    nobody = "openai:m@http://127.0.0.1:9/v1"
+    refused(thrifty("ask", "hello", "--plan", plan, "--model", nobody), 4, "127.0.0.1:9")
+
+
 def test_importing_loads_nothing_heavy() -> None:
     heavy = ("torch", "numpy", "transformers", "aiohttp", "sqlalchemy", "rich", "typer", "pydantic")
     code = f"import sys, thrifty; print([m for m in {heavy!r} if m in sys.modules])"
@@ -54,7 +63,7 @@ def test_importing_loads_nothing_heavy() -> None:
     assert found.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("verb", ["ask", "run", "frontier", "methods", "plan", "ledger", "models"])
+@pytest.mark.parametrize("verb", ["ask", "run", "frontier", "tune", "verify", "methods", "plan", "ledger", "models"])
 def test_every_verb_has_help(verb: str) -> None:
     result = thrifty(verb, "--help")
     assert result.returncode == 0

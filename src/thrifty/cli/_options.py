@@ -20,8 +20,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+DEFAULT_MODEL = "smollm2"
+
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="Engine: smollm2, local:FOLDER, openai:MODEL@URL, scripted:echo.")
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Engine: smollm2, local:FOLDER, openai:MODEL@URL, scripted:echo. Without it the plan's own, else smollm2.",
+    ),
 ]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", "-p", help="A plan in TOML; without one the engine is used as it is.")
@@ -67,12 +74,14 @@ def plan_of(path: Path | None) -> Plan:
     return Plan("plain") if path is None else Plan.load(path)
 
 
-def build(plan: Plan, model: str, embedder: str, prices: Path | None = None) -> Pipeline:
-    """The plan on the engines it names; what it does not name comes from the options."""
+def build(plan: Plan, model: str | None, embedder: str, prices: Path | None = None) -> Pipeline:
+    """The plan on the engines it names; a model that was asked for answers in the place of the plan's."""
     from thrifty.engines.spec import resolve_roles
 
     roles = plan.needs()
-    specs = {"answer": model, **plan.engines}
+    specs = {"answer": DEFAULT_MODEL, **plan.engines}
+    if model is not None:
+        specs["answer"] = model
     for role in roles:
         if role not in specs:
             specs[role] = embedder if role == "embedder" else specs["answer"]

@@ -30,7 +30,7 @@ from thrifty.errors import InvalidInput, ThriftyError
 
 def ask(
     prompt: Annotated[str, typer.Argument(help="The question; - reads it from standard input.")],
-    model: Model = "smollm2",
+    model: Model = None,
     plan: PlanFile = None,
     budget: Limits = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="A system message.")] = None,

@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from thrifty.budget import Account
-from thrifty.cli._options import Embedder, Json, LedgerFile, Limits, Prices, budget_of, ledger_of, print_json, table_of
+from thrifty.cli._options import (
+    DEFAULT_MODEL,
+    Embedder,
+    Json,
+    LedgerFile,
+    Limits,
+    Model,
+    Prices,
+    budget_of,
+    ledger_of,
+    print_json,
+    table_of,
+)
 from thrifty.errors import BudgetExceeded, EngineError, InvalidInput, PlanError
 
 if TYPE_CHECKING:
@@ -30,7 +42,7 @@ def frontier(
             help="Suites (retrieval, arithmetic, thinker, demo), reasoning-gym:NAME, or task files in JSONL."
         ),
     ] = None,
-    model: Annotated[str, typer.Option("--model", "-m", help="Engine to measure on.")] = "smollm2",
+    model: Model = None,
     plan: Annotated[
         list[Path] | None,
         typer.Option("--plan", "-p", help="A plan in TOML; may be repeated. The first is the reference."),
@@ -186,9 +198,11 @@ def _fleet(specs: Mapping[str, str], workers: int | None, ray: str | None, price
     return Processes(specs, workers, prices=table_of(prices))
 
 
-def _specs(names: Sequence[str], plans: Sequence[Plan], model: str, embedder: str, judge: str | None) -> dict[str, str]:
-    """Specifications of the engines by role. Raises InvalidInput for what cannot be read, before anything is
-    loaded."""
+def _specs(
+    names: Sequence[str], plans: Sequence[Plan], model: str | None, embedder: str, judge: str | None
+) -> dict[str, str]:
+    """Specifications of the engines by role; a model that was asked for answers in the place of the plans'. Raises
+    InvalidInput for what cannot be read, before anything is loaded."""
     from thrifty.bench import suites
     from thrifty.engines.spec import read
 
@@ -200,7 +214,8 @@ def _specs(names: Sequence[str], plans: Sequence[Plan], model: str, embedder: st
             known = "arithmetic" if name.startswith("reasoning-gym:") else name
             used += [p for found in suites.find(known) for p in found.plans()]
     roles = {role for plan in used for role in plan.needs()} - {"answer", "embedder"}
-    specs = {"answer": model, **dict.fromkeys(roles, model)}
+    others = model or DEFAULT_MODEL
+    specs = {"answer": others, **dict.fromkeys(roles, others)}
     if any("embedder" in plan.needs() for plan in used):
         specs["embedder"] = embedder
     if judge is not None:
@@ -208,13 +223,15 @@ def _specs(names: Sequence[str], plans: Sequence[Plan], model: str, embedder: st
     named: dict[str, Plan] = {}
     for plan in used:
         for role, spec in plan.engines.items():
+            if role == "answer" and model is not None:
+                continue
             other = named.setdefault(role, plan)
             if other.engines[role] != spec:
                 raise PlanError(
                     f"plans {other.name!r} and {plan.name!r} name different engines for the role {role!r}: a frontier "
                     "compares plans on the same engines; run one for each"
                 )
-        specs |= plan.engines
+            specs[role] = spec
     for spec in specs.values():
         read(spec)
     return specs

@@ -34,7 +34,7 @@ from thrifty.errors import BudgetExceeded, EngineError, InvalidInput
 def run(
     source: Annotated[Path, typer.Argument(help="Requests: JSONL with `prompt` or `messages`.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Results: JSONL; what is there already is kept.")],
-    model: Model = "smollm2",
+    model: Model = None,
     plan: PlanFile = None,
     budget: Limits = None,
     concurrency: Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Requests in flight.")] = 8,

@@ -9,10 +9,12 @@ import typer
 
 from thrifty.budget import Account
 from thrifty.cli._options import (
+    DEFAULT_MODEL,
     Embedder,
     Json,
     LedgerFile,
     Limits,
+    Model,
     Prices,
     budget_of,
     ledger_of,
@@ -43,7 +45,7 @@ def tune(
     tasks: Annotated[
         str, typer.Argument(help="Your examples: a task file in JSONL, a suite's name, or reasoning-gym:NAME.")
     ],
-    model: Annotated[str, typer.Option("--model", "-m", help="Engine to tune for.")] = "smollm2",
+    model: Model = None,
     space: Annotated[
         str, typer.Option("--space", "-s", help="Plans to try: a space in TOML, or default for all methods.")
     ] = "default",
@@ -271,9 +273,10 @@ def _default(engines: Mapping[str, Engine], max_methods: int) -> Space:
 
 
 def _specs(
-    tasks: str, model: str, embedder: str, judge: str | None, space: Space | None, reference: Plan | None
+    tasks: str, model: str | None, embedder: str, judge: str | None, space: Space | None, reference: Plan | None
 ) -> dict[str, str]:
-    """Specifications of the engines by role. Raises InvalidInput before anything is loaded."""
+    """Specifications of the engines by role; a model that was asked for answers in the place of the space's. Raises
+    InvalidInput before anything is loaded."""
     from thrifty.bench import suites
     from thrifty.engines.spec import read
 
@@ -284,16 +287,19 @@ def _specs(
             raise InvalidInput(
                 f"{tasks} stands for {len(found)} suites: name one, {' or '.join(s.name for s in found)}"
             )
-    specs = {"answer": model}
+    others = model or DEFAULT_MODEL
+    specs = {"answer": others}
     if space is None:
         specs["embedder"] = embedder
     else:
         roles = {role for entry in space.entries for role in entry.method.roles}
         roles |= set(reference.needs()) if reference is not None else set()
-        specs |= {role: embedder if role == "embedder" else model for role in sorted(roles - {"answer"})}
+        specs |= {role: embedder if role == "embedder" else others for role in sorted(roles - {"answer"})}
         specs |= space.engines
     if reference is not None:
         specs |= reference.engines
+    if model is not None:
+        specs["answer"] = model
     if judge is not None:
         specs["judge"] = judge
     for spec in specs.values():
