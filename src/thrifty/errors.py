@@ -77,6 +77,10 @@ class LedgerError(ThriftyError):
     """The ledger cannot be opened, read or written."""
 
 
+class CacheError(ThriftyError):
+    """A response cache's file cannot be opened, read or written."""
+
+
 class LedgerChanged(LedgerError):
     """The ledger is damaged, or shows that it was changed."""
 

@@ -102,6 +102,8 @@ class Method:
     identity: ClassVar[Mapping[str, Any] | None] = None
     """knob values that make it a no-op; None: there are none, and `no_identity` says why"""
     no_identity: ClassVar[str] = ""
+    remembers: ClassVar[bool] = False
+    """it keeps something from call to call (a cache): the same call again may cost less, and its receipt may differ"""
 
     @property
     def family(self) -> str:

@@ -5,19 +5,25 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from law_table import LAWS, failures
 
 from thrifty import Account, Answer, Call, Method, Next, Receipt, Spend
 from thrifty.methods.context.adaptive_k import AdaptiveK
+from thrifty.methods.context.compaction import Compaction
 from thrifty.methods.context.fixed_k import FixedK
+from thrifty.methods.context.tool_output import ToolOutput
 from thrifty.methods.context.truncation import Truncation
 from thrifty.methods.decode.answer_convergence import AnswerConvergence
 from thrifty.methods.decode.budget_forcing import BudgetForcing
 from thrifty.methods.prompt.budget_prompt import BudgetPrompt
 from thrifty.methods.prompt.chain_of_draft import ChainOfDraft
 from thrifty.methods.prompt.plan_and_budget import PlanAndBudget
+from thrifty.methods.route._replay import unpack
+from thrifty.methods.route._store import Found
+from thrifty.methods.route.exact_cache import ExactCache
 from thrifty.methods.search import first_finish_search
 from thrifty.methods.search.first_finish_search import FirstFinishSearch
 from thrifty.methods.search.self_consistency import SelfConsistency
@@ -88,6 +94,48 @@ class OffByOne(FixedK):
     async def rewrite(self, call: Call) -> Call:
         changed = await super().rewrite(call)
         return replace(changed, context=changed.context[:-1])
+
+
+# -- route ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blurred(ExactCache):
+    """Takes calls with different sampling for equal."""
+
+    def body(self, call: Call) -> dict[str, Any]:
+        return {**super().body(call), "sampling": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Twice(ExactCache):
+    """Bills a kept answer as if an engine had made it."""
+
+    async def replay(self, call: Call, found: Found, how: str, spend: Spend, **detail: Any) -> Answer:
+        answer = await super().replay(call, found, how, spend, **detail)
+        return replace(answer, spend=unpack(found.body).spend)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitPairs(Compaction):
+    """Leaves out the calls of tools and keeps their results."""
+
+    async def rewrite(self, call: Call) -> Call:
+        changed = await super().rewrite(call)
+        results = [m for m in call.messages if m["role"] == "tool"]
+        return replace(changed, messages=(*results, *(m for m in changed.messages if m not in results)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InPlace(ToolOutput):
+    """Writes to the caller's own messages."""
+
+    async def rewrite(self, call: Call) -> Call:
+        changed = await super().rewrite(call)
+        for message in call.messages:
+            if isinstance(message, dict):
+                message["content"] = ""
+        return changed
 
 
 # -- search --------------------------------------------------------------------------------------------------
@@ -169,6 +217,10 @@ MUTANTS: tuple[tuple[str, type[Method], str], ...] = (
     ("context", FreeEmbedding, "receipt sums to the ledger"),
     ("context", MidWord, "context: only whole passages"),
     ("context", OffByOne, "identity"),
+    ("context", SplitPairs, "tool calls keep their results"),
+    ("context", InPlace, "the caller's call unchanged"),
+    ("route", Blurred, "calls do not mix"),
+    ("route", Twice, "same seed twice"),
     ("search", FreeLosers, "receipt sums to the ledger"),
     ("search", Leaking, "streamed = whole"),
     ("search", Unstoppable, "cancelled in the middle"),

@@ -32,8 +32,16 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "adaptive-k": {"buffer": 1},
     "fixed-k": {"k": 3},
     "truncation": {"tokens": 30},
+    "compaction": {"tokens": 40, "recent": 1, "older": "summary", "note": 32},
+    "tool-output": {"tokens": 24},
+    "tool-retrieval": {"k": 3},
     "plan-and-budget": {"plan_tokens": 24},
+    "dynaicl": {"pack": str(Path(__file__).with_name("dynaicl.json")), "shots": 2.0},
+    "pet-select": {"selector": str(Path(__file__).with_name("pet_select.json")), "ask_tokens": 24},
+    "tale": {"fallback": 40, "estimate_tokens": 24},
+    "sketch-of-thought": {"weights": str(Path(__file__).with_name("sketch_router.json")), "shots": 1},
     "no-thinking": {"unknown": "force"},
+    "prompt-caching": {"provider": "anthropic", "minimum": 1, "turns": "always"},
     "beam": {"step_tokens": 4, "keep": 4},
     "self-certainty": {"step_tokens": 4, "keep": 4},
     "a-star-decoding": {"step_tokens": 4, "keep": 4},
@@ -87,11 +95,44 @@ IMAGE = {
 TOOLS = ({"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}},)
 
 
+def conversation() -> tuple[dict[str, Any], ...]:
+    """An older exchange, with a tool's call and its result, before the question."""
+    call = {"id": "c1", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
+    lines = "\n".join(f"line {i}: nothing of note was found here" for i in range(40))
+    return (
+        {"role": "user", "content": "Look for the code, please, wherever it may be."},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": lines},
+        {"role": "assistant", "content": "There is nothing of note, as far as I can see. " * 3},
+        {"role": "user", "content": QUESTION},
+    )
+
+
+def _catalogue() -> tuple[dict[str, Any], ...]:
+    """A tool for each fact, with a description long enough to be worth leaving out."""
+    tools = []
+    for i, fact in enumerate(FACTS):
+        told = f"Looks up whether {fact}. " + "It takes one text and gives one back."
+        function = {"name": f"tool_{i}", "description": told, "parameters": {"type": "object", "properties": {}}}
+        tools.append({"type": "function", "function": function})
+    return tuple(tools)
+
+
+CALLS: Mapping[str, Callable[[], Mapping[str, Any]]] = {
+    "compaction": lambda: {"messages": conversation()},
+    "tool-output": lambda: {"messages": conversation()},
+    "tool-retrieval": lambda: {"tools": _catalogue()},
+}
+"""What the call has besides, for methods that work on more than passages and a question."""
+
+
 def speak(call: Call, draw: Draw) -> Reply:
     """A model of no great mind: it plans when asked to, thinks, and differs from seed to seed."""
     text = "\n".join(text_of(m) for m in call.messages)
     if "JSON only" in text and "Smaller questions" in text:
         return Reply(json.dumps({"level": 2, "credits": [60, 40]}))
+    if "in double square brackets" in text:
+        return Reply("Budget: [[30]]")
     if "in order; an easy question" in text:
         return Reply("1. Where is the code? (notes)\n2. What does it say? (read)")
     if "Is the solution correct?" in text:
@@ -123,12 +164,15 @@ class Recorded:
 def tiny_model() -> Any:
     """One local engine for all worlds; rows run alone, so that calls at the same time can be compared."""
     sys.path.append(str(Path(__file__).parents[1] / "engines" / "local"))
-    from tiny_chat import make_folder
+    from tiny_chat import TEMPLATE, make_folder
 
     from thrifty.engines.local.engine import LocalEngine
 
+    template = TEMPLATE.replace("tools | length", "tools | tojson")  # so that a prompt is as long as its tools
+
     with tempfile.TemporaryDirectory(prefix="thrifty-laws-") as folder:
-        return LocalEngine.load(make_folder(Path(folder) / "tiny", positions=4096), dtype="float32", deterministic=True)
+        made = make_folder(Path(folder) / "tiny", template, positions=4096)
+        return LocalEngine.load(made, dtype="float32", deterministic=True)
 
 
 TINY = "tiny model"
@@ -182,7 +226,8 @@ class World:
         sampling = Sampling(seed=5, temperature=0.5)
         if self.kind == TINY:  # it never ends by itself: a letter that it says often is its end
             sampling = replace(sampling, max_tokens=12, stop=STOPS)
-        return replace(self.pipeline.call(QUESTION, self.account, context=PASSAGES, sampling=sampling), **changes)
+        call = self.pipeline.call(QUESTION, self.account, context=PASSAGES, sampling=sampling)
+        return replace(call, **{**CALLS.get(self.method.name, dict)(), **changes})
 
     def rich_call(self) -> Call:
         """A call with an image, tools, and fields that Thrifty does not know."""

@@ -177,6 +177,18 @@ async def test_the_work_is_what_it_took(tiny_engine: LocalEngine) -> None:
     assert call.account.work.kv_bytes_peak == work.kv_bytes_peak
 
 
+async def test_a_prompt_over_the_context_is_counted_so_that_a_plan_can_shorten_it(tiny_engine: LocalEngine) -> None:
+    from thrifty import Plan
+
+    passages = [f"passage {i} " + "w" * 90 for i in range(8)]
+    pipeline = Plan.from_toml('name = "cut"\n[[methods]]\nuse = "truncation"\ntokens = 300\n').build(
+        {"answer": tiny_engine}
+    )
+    answer = await pipeline.ask("where?", Account("t"), context=passages, sampling=Sampling(max_tokens=4))
+    (own,) = answer.receipts
+    assert own.fired and own.before is not None and own.before > 512 > answer.spend.input
+
+
 async def test_bad_input_is_one_clear_line(tiny_engine: LocalEngine, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"the prompt has 6\d\d tokens and model tiny reads 512"):
         await tiny_engine.generate(ask("x" * 600))

@@ -134,7 +134,7 @@ class LocalEngine:
 
     def count(self, call: Call) -> int:
         """Input tokens of the call, exactly (an image as the model's config counts it, before vision policies)."""
-        return self.prompter.size(self.prompter(call))
+        return self.prompter.size(self.prompter(call, counting=True))
 
     async def generate(self, call: Call) -> Answer:
         """Holds, generates, settles. Raises BudgetExceeded, EngineError (with what was spent), InvalidInput."""

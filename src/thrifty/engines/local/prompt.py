@@ -104,8 +104,9 @@ class Prompter:
         self.mark = codec.tokenizer.convert_ids_to_tokens(eyes.holder) if eyes else ""
         self.template = getattr(codec.tokenizer, "chat_template", None)
 
-    def __call__(self, call: Call) -> Prompt:
-        """The prompt of a call. Raises InvalidInput when it is empty or longer than the model's context."""
+    def __call__(self, call: Call, *, counting: bool = False) -> Prompt:
+        """The prompt of a call. Raises InvalidInput when it is empty, or longer than the model's context unless it is
+        only to be counted: a context method must be able to measure what it is to shorten."""
         messages = render(call)
         images = tuple(image for m in messages for image in images_of(m))
         if images and self.eyes is None:
@@ -130,7 +131,7 @@ class Prompter:
             raise InvalidInput(f"{len(images)} images for {marks} times {self.mark!r} in the prompt")
         prompt = Prompt(tokens, thinking, images, holder)
         size = self.size(prompt)
-        if self.positions is not None and size >= self.positions:
+        if self.positions is not None and size >= self.positions and not counting:
             raise InvalidInput(
                 f"the prompt has {size:,} tokens and model {self.model} reads {self.positions:,} "
                 "with its answer: shorten it, or put a context method into the plan"

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from thrifty.budget import Account, Budget
-from thrifty.call import Answer, Call, Receipt, Sampling
+from thrifty.call import Call, Receipt, Sampling
 from thrifty.errors import BudgetExceeded, InvalidInput
 from thrifty.method import Rewrite, knob
+from thrifty.methods.prompt._asking import Asking, output_room
 from thrifty.methods.prompt._system import instruct, prompt_tokens
-from thrifty.spend import Spend, Work
 
 SCHEDULES = ("constant", "linear", "polynomial", "exponential", "cosine")
 MOST_STEPS = 5
@@ -72,7 +71,8 @@ class PlanAndBudget(Rewrite):
 
     async def rewrite(self, call: Call) -> Call:
         before = prompt_tokens(call)
-        asked = _Asking(self, call)
+        sampling = Sampling(temperature=self.temperature, top_p=self.top_p, max_tokens=self.plan_tokens)
+        asked = Asking(self.name, call, sampling, keep=self.keep)
         try:
             outline, notes = await self._outline(call, asked)
         except BudgetExceeded as error:
@@ -83,7 +83,7 @@ class PlanAndBudget(Rewrite):
                 Receipt(self.name, False, reason, before, before, spend=asked.spend, work=asked.work)
             )
         wanted = self.levels[outline.level - 1]
-        total = min([wanted, *self._room(call)])
+        total = min(wanted, self._room(call, wanted))
         parts = allocate_tokens(outline.credits, total, self.schedule, self.power, self.base)
         changed = instruct(call, solve_prompt(outline, parts, self.unit))
         if total < wanted:
@@ -95,7 +95,7 @@ class PlanAndBudget(Rewrite):
             Receipt(self.name, True, reason, before, after, spend=asked.spend, work=asked.work, detail=detail)
         )
 
-    async def _outline(self, call: Call, asked: _Asking) -> tuple[Outline, list[str]]:
+    async def _outline(self, call: Call, asked: Asking) -> tuple[Outline, list[str]]:
         """Makes the planning calls; the notes say what could not be read."""
         question = call.question()
         alone = Outline(self.level, (DIRECT,), (100.0,))
@@ -120,16 +120,10 @@ class PlanAndBudget(Rewrite):
             return equal, [*notes, f"the credits could not be read: equal ones at level {self.level}"]
         return Outline(rated[0], steps, rated[1]), notes
 
-    def _room(self, call: Call) -> list[int]:
-        """What the account and max_tokens leave for the answer, in this method's unit."""
-        left = call.account.remaining()
-        tokens = [left["output"]] if "output" in left else []
-        if "tokens" in left:
-            tokens.append(left["tokens"] - (prompt_tokens(call) or 0))
-        if call.sampling.max_tokens is not None:
-            tokens.append(call.sampling.max_tokens)
-        a_unit = TOKENS_PER_WORD if self.unit == "words" else 1.0
-        return [max(1, int(t / a_unit)) for t in tokens]
+    def _room(self, call: Call, wanted: int) -> int:
+        """What the account and max_tokens leave for the answer, in this method's unit; `wanted` without limits."""
+        room = output_room(call)
+        return wanted if room is None else max(1, int(room / (TOKENS_PER_WORD if self.unit == "words" else 1.0)))
 
 
 # -- the core, in pure functions -----------------------------------------------------------------------------
@@ -315,47 +309,3 @@ def _first_object(text: str) -> dict[str, Any] | None:
 
 def _numbered(steps: Sequence[str]) -> str:
     return "\n".join(f"{i}. {step}" for i, step in enumerate(steps, 1))
-
-
-class _Asking:
-    """The planning calls of one rewrite: made on an account that leaves the answer its share, and added
-    up."""
-
-    def __init__(self, method: PlanAndBudget, call: Call) -> None:
-        self.method, self.call = method, call
-        self.account: Account | None = None
-        self.spend, self.work = Spend(), Work()
-
-    async def __call__(self, prompt: str) -> str:
-        if self.account is None:
-            self.account = self.call.account.child(self.method.name, self._limits())
-        sampling = Sampling(
-            temperature=self.method.temperature,
-            top_p=self.method.top_p,
-            seed=self.call.sampling.seed,
-            max_tokens=self.method.plan_tokens,
-            deterministic=self.call.sampling.deterministic,
-        )
-        ask = replace(
-            self.call.on_behalf(self.method.name),
-            messages=({"role": "user", "content": prompt},),
-            account=self.account,
-            sampling=sampling,
-        )
-        answer: Answer = await self.call.engines["answer"].generate(ask)
-        self.spend, self.work = self.spend + answer.spend, self.work + answer.work
-        return answer.text
-
-    def _limits(self) -> Budget:
-        """What is left, less what the answer needs. Raises BudgetExceeded when planning has nothing to
-        spend."""
-        prompt = prompt_tokens(self.call) or 0
-        output = self.method.keep + self.call.keep
-        needs: Mapping[str, int] = {"input": prompt, "output": output, "tokens": prompt + output, "calls": 1}
-        limits: dict[str, int] = {}
-        for resource, left in self.call.account.remaining().items():
-            if resource in needs:
-                limits[resource] = int(left) - needs[resource]
-                if limits[resource] <= 0:
-                    raise BudgetExceeded(self.call.account.path, resource, left, 0, needs[resource], 1)
-        return Budget(**limits)

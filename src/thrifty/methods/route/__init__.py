@@ -1,0 +1,1 @@
+"""Methods that decide who answers: a cache instead of an engine."""
