@@ -225,6 +225,7 @@ def test_the_default_space_has_what_the_engines_can_run_and_no_more() -> None:
     assert "adaptive-k" in names and "adaptive-k" not in {e.name for e in alone.entries}
     bare = default_space({"answer": ScriptedEngine("x", capabilities={"text"})})
     assert not {"no-thinking", "self-consistency"} & {e.name for e in bare.entries}
+    assert "exact-cache" not in names, "what remembers calls makes examples depend on each other"
     found = both.expand(BOTH)
     assert not found.unbuildable and max(len(p.methods) for p in found.plans) == 2
     for entry in both.entries:

@@ -14,7 +14,7 @@ import pytest
 from planted import engine as planted_engine
 from planted import tasks, uniform
 
-from thrifty import Account, Budget, Call, EngineError, InvalidInput, Plan, PlanError, Spend
+from thrifty import Account, Budget, Call, EngineError, InvalidInput, Plan, PlanError, Spend, registry
 from thrifty.bench.store import read
 from thrifty.bench.task import Task
 from thrifty.call import Sampling
@@ -242,6 +242,11 @@ async def test_error_tests_the_reference_too(go: Callable[..., Any]) -> None:
     assert [words_of(t.plan) for t in tuned.tests] == [None, 20] and words_of(tuned.plan) == 20
     none = await go(space(20, 5), engine({None: 0.5, 20: 0.5, 5: 0.9}), claim, out="none", parts=_other())
     assert none.plan is None and none.use is None
+
+
+async def test_what_remembers_calls_is_refused_before_anything_is_spent(go: Callable[..., Any]) -> None:
+    with pytest.raises(InvalidInput, match="exact-cache remembers answers from call to call"):
+        await go([Plan("cached", (registry.get("exact-cache")(),))], engine(RATES))
 
 
 def _other() -> Splits:

@@ -23,6 +23,14 @@ def check(splits: Splits, space: Space | Sequence[Plan], claim: Claim, reuse: Re
         raise InvalidInput("the search part has no examples: give it a share above 0, or a file")
     if not splits.calibration:
         raise InvalidInput("the calibration part has no examples: nothing could be certified")
+    used = (
+        [e.method for e in space.entries] if isinstance(space, Space) else [type(m) for p in space for m in p.methods]
+    )
+    if (kept := next((m.name for m in used if m.remembers), None)) is not None:
+        raise InvalidInput(
+            f"{kept} remembers answers from call to call: examples are not independent then, and no bound holds; leave "
+            "it out of the space, and put it above the certified plan afterwards"
+        )
     groups = groups_of(splits.calibration)
     delta = claim.delta
     claim.check_n(len(groups), delta / 2 if delta is not None and reuse == "split" else delta)

@@ -114,8 +114,8 @@ def default_space(engines: Mapping[str, Any], *, max_methods: int = 2) -> Space:
     for name, source in registry.sources().items():
         method = registry.get(name)
         roles = all(role in engines and needs <= engines[role].capabilities for role, needs in method.roles.items())
-        if not roles or not method.needs <= have:
-            continue
+        if not roles or not method.needs <= have or method.remembers:
+            continue  # what remembers calls makes examples depend on each other
         entries.append(Entry(method, True, _few(method)))
         families.setdefault(source.family, []).append(name)
     if not entries:
