@@ -25,7 +25,7 @@ async def score(name: str, text: str, gold: Any, task: dict[str, Any] | None = N
 
 def test_names() -> None:
     assert scorers.names() == sorted(
-        ["exact", "numeric", "choice", "contains", "f1", "recall", "judge", "code", "reasoning-gym"]
+        ["exact", "numeric", "choice", "contains", "f1", "recall", "judge", "code", "reasoning-gym", "lab"]
     )
 
 
