@@ -120,7 +120,8 @@ def test_contradictions(a: str, b: str, sound: bool) -> None:
 
 
 def test_wordings_of_one_field_may_differ() -> None:
-    FiveC(constraint=("At most 50 words, no lists.", "At most 50 words."))
+    wordings = ("At most 50 words, no lists.", "At most 50 words.")
+    assert FiveC(constraint=wordings).settings()["constraint"] == list(wordings)
 
 
 @pytest.mark.parametrize("name", ["cause", "constraint"])
