@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import shlex
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -15,6 +17,7 @@ from thrifty.errors import InvalidInput, ThriftyError
 from thrifty.plan import Pipeline, Plan
 
 if TYPE_CHECKING:
+    from thrifty.bench.fanout import Fleet
     from thrifty.ledger.entry import LedgerLike
     from thrifty.meter.prices import PriceTable
 
@@ -102,6 +105,24 @@ def ledger_of(path: Path | None) -> LedgerLike | None:
     from thrifty.ledger import open_ledger
 
     return open_ledger(path)
+
+
+def fleet_of(specs: Mapping[str, str], workers: int | None, ray: str | None, prices: Path | None) -> Fleet | None:
+    """The workers that were asked for; None when this process measures."""
+    if ray is not None:
+        from thrifty.bench.ray_cluster import RayCluster
+
+        return RayCluster(ray, specs, workers, prices=table_of(prices))
+    if workers is None:
+        return None
+    from thrifty.bench.workers import Processes
+
+    return Processes(specs, workers, prices=table_of(prices))
+
+
+def command_line() -> str:
+    """What was typed, for the results file, without the passwords of addresses."""
+    return re.sub(r"://[^\s/@]*@", "://", shlex.join(["thrifty", *sys.argv[1:]]))
 
 
 def print_json(data: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +18,8 @@ from thrifty.cli._options import (
     Model,
     Prices,
     budget_of,
+    command_line,
+    fleet_of,
     ledger_of,
     print_json,
     table_of,
@@ -29,7 +29,6 @@ from thrifty.errors import BudgetExceeded, EngineError, InvalidInput, PlanError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from thrifty.bench.fanout import Fleet
     from thrifty.bench.study import Item, Study
     from thrifty.engine import Engine
     from thrifty.plan import Plan
@@ -118,7 +117,7 @@ def frontier(
         check_axis(axis)
     plans = [_load(path) for path in plan or ()]
     specs = _specs(suites or ["demo"], plans, model, embedder, judge)
-    fleet = _fleet(specs, workers, ray, prices)
+    fleet = fleet_of(specs, workers, ray, prices)
     book = None
     try:
         engines = _engines(specs, prices) if fleet is None else fleet.engines
@@ -135,7 +134,7 @@ def frontier(
             unsafe=unsafe,
             fleet=fleet,
             account=Account("frontier", limits, ledger=book),
-            command=_command(),
+            command=command_line(),
             console=console,
         )
     finally:
@@ -185,19 +184,6 @@ def _engines(specs: Mapping[str, str], prices: Path | None) -> dict[str, Engine]
     return resolve_roles(specs, prices=table_of(prices))
 
 
-def _fleet(specs: Mapping[str, str], workers: int | None, ray: str | None, prices: Path | None) -> Fleet | None:
-    """The workers that were asked for; None when this process measures."""
-    if ray is not None:
-        from thrifty.bench.ray_cluster import RayCluster
-
-        return RayCluster(ray, specs, workers, prices=table_of(prices))
-    if workers is None:
-        return None
-    from thrifty.bench.workers import Processes
-
-    return Processes(specs, workers, prices=table_of(prices))
-
-
 def _specs(
     names: Sequence[str], plans: Sequence[Plan], model: str | None, embedder: str, judge: str | None
 ) -> dict[str, str]:
@@ -235,11 +221,6 @@ def _specs(
     for spec in specs.values():
         read(spec)
     return specs
-
-
-def _command() -> str:
-    """What was typed, for the results file, without the passwords of addresses."""
-    return re.sub(r"://[^\s/@]*@", "://", shlex.join(["thrifty", *sys.argv[1:]]))
 
 
 def _load(path: Path) -> Plan:

@@ -17,6 +17,8 @@ from thrifty.cli._options import (
     Model,
     Prices,
     budget_of,
+    command_line,
+    fleet_of,
     ledger_of,
     print_json,
     table_of,
@@ -154,7 +156,6 @@ def tune(
         from thrifty.tune.tuning import tune as run_tuning
     except ImportError as error:
         raise InvalidInput("tuning needs its extra: pip install 'thrifty[tune]'") from error
-    from thrifty.cli.frontier import _command, _fleet
     from thrifty.ledger.chain import load_key
     from thrifty.plan import Plan
 
@@ -176,7 +177,7 @@ def tune(
     base = None if reference is None else Plan.load(reference)
     written = None if space == "default" else _space_file(space)
     specs = _specs(tasks, model, embedder, judge, written, base)
-    fleet = _fleet(specs, workers, ray, prices)
+    fleet = fleet_of(specs, workers, ray, prices)
     book = None
     try:
         engines = _engines(specs, prices) if fleet is None else dict(fleet.engines)
@@ -210,7 +211,7 @@ def tune(
                 concurrency=concurrency,
                 unsafe=unsafe,
                 fleet=fleet,
-                command=_command(),
+                command=command_line(),
                 watcher=Silent() if json else Live(screen),
                 **common,
             ),
@@ -223,7 +224,7 @@ def tune(
             book.close()  # type: ignore[attr-defined]
     if not Path(tasks).exists():
         save([task for part in parts.parts().values() for task in part], out / "tasks.jsonl")  # for `verify --data`
-    page = report.write(tuned, out, traffic=told_traffic, command=_command())
+    page = report.write(tuned, out, traffic=told_traffic, command=command_line())
     _finish(tuned, page, told_traffic, json)
 
 
