@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,21 @@ def test_a_missing_ray_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> Non
         RayCluster("auto", SPECS)
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "auto"])
-def test_a_cluster_that_is_not_there_is_told_at_once(address: str) -> None:
+@pytest.mark.parametrize(("address", "known"), [("127.0.0.1:1", None), ("auto", None), ("auto", "127.0.0.1:1")])
+def test_a_cluster_that_is_not_there_is_told_at_once(
+    address: str, known: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`known` is what Ray's files, caches and processes say of this machine: nothing, or a cluster that has ended."""
     pytest.importorskip("ray")
+    from ray._private import services
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: set() if known is None else {known})
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda _: known)
+    begun = time.monotonic()
     with pytest.raises(EngineError, match=f"--ray {address}: no cluster could be reached"):
         RayCluster(address, SPECS)
+    assert time.monotonic() - begun < 60  # Ray's own wait is minutes
 
 
 def test_a_ray_client_is_refused() -> None:

@@ -369,14 +369,25 @@ def _join(address: str) -> tuple[Any, bool]:
         )
     if ray.is_initialized():
         return ray, False
-    host, _, port = address.rpartition(":")
     try:
+        host, _, port = _found(address).rpartition(":")
         if host and port.isdigit():  # Ray itself tries for minutes
             socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
     except (ray.exceptions.RayError, RuntimeError, ValueError, OSError, OverflowError) as error:
         raise EngineError(f"--ray {address}: no cluster could be reached: {_line(error)}") from error
     return ray, True
+
+
+def _found(address: str) -> str:
+    """The address that Ray means by `auto`: it may be that of a cluster which has ended, from a file or a cache."""
+    if address != "auto":
+        return address
+    try:
+        from ray._private.services import canonicalize_bootstrap_address_or_die
+    except ImportError:  # no public call says it; without, a lost cluster is told minutes later
+        return address
+    return str(canonicalize_bootstrap_address_or_die(address))
 
 
 def _shares(ray: Any, specs: Mapping[str, str], size: int | None) -> tuple[int, dict[str, float]]:
