@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORE := .venv-core
-EXTRAS := local,bench,tune,ray,ledger,prices,docs,test,lint
+EXTRAS := local,bench,tune,ray,ledger,prices,docs,test,lint,serve
 
 ARITHMETIC := $(wildcard src/thrifty/bench/plans/arithmetic/*.toml) recipes/plans/budget-prompt.toml recipes/plans/no-thinking.toml
 
-.PHONY: setup models demo picture test check lint types docs slow blackbox bench clean
+.PHONY: setup models demo picture thinker-catalogue test check lint types docs slow blackbox bench clean
 
 setup: $(VENV)/.ready
 
@@ -29,6 +29,12 @@ picture: models
 	  $(foreach p,$(ARITHMETIC),--plan $(p))
 	$(BIN)/thrifty frontier --from out/picture/results.jsonl --out out/picture --save results
 	cp out/picture/frontier.png docs/frontier.png
+	$(BIN)/python docs/generate.py
+
+# Every method that applies to the thinker, three settings each, and pairs of families: hours; goes on where it stopped.
+thinker-catalogue: setup
+	$(BIN)/thrifty frontier thinker-catalogue thinker-pairs --n 400 --model thinker --out out/thinker-catalogue \
+	  --save results
 	$(BIN)/python docs/generate.py
 
 test: models

@@ -88,8 +88,7 @@ class Account:
             self.path, self._chain = f"{self.parent.path}/{self.name}", (self, *self.parent._chain)
         self._down = self._chain[::-1]
         self._timed = tuple(a for a in self._down if a.budget.deadline is not None)
-        limits = [(i, getattr(self.budget, name)) for i, name in enumerate(RESOURCES)]
-        self._bound = tuple((i, units(i, limit)) for i, limit in limits if limit is not None)
+        self._bind()
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -128,6 +127,31 @@ class Account:
         if resource not in INDEX:
             raise InvalidInput(nearest(resource, RESOURCES, "resource"))
         return self.remaining().get(resource)
+
+    def total(self, resource: str) -> float:
+        """What is settled of one resource, seconds included. Raises InvalidInput for an unknown one."""
+        if resource not in INDEX:
+            raise InvalidInput(nearest(resource, RESOURCES, "resource"))
+        i = INDEX[resource]
+        with self._lock:
+            return shown(i, self._settled[i])
+
+    # -- changing ----------------------------------------------------------------------------------------------
+
+    def limit(self, budget: Budget) -> None:
+        """Takes these limits from now on, whatever was settled or is held. Raises InvalidInput for a reserve, whose
+        limits were taken from the account above."""
+        if self._reserved:
+            raise InvalidInput(f"account {self.path!r} is a reserve: close it and reserve anew")
+        with self._lock:
+            self.budget = budget
+            self._bind()
+
+    def carry(self, spend: Spend, work: Work = NO_WORK) -> None:
+        """Counts what was settled before this account was opened, by another process: here alone, with no entry."""
+        with self._lock:
+            for i, amount in amounts_of(spend, work).items():
+                self._settled[i] += amount
 
     # -- spending ----------------------------------------------------------------------------------------------
 
@@ -213,6 +237,10 @@ class Account:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    def _bind(self) -> None:
+        limits = [(i, getattr(self.budget, name)) for i, name in enumerate(RESOURCES)]
+        self._bound = tuple((i, units(i, limit)) for i, limit in limits if limit is not None)
 
     # -- details: every function below runs under the lock -------------------------------------------------------
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from thrifty.budget import Account
+from thrifty.errors import InvalidInput, Unsupported
 from thrifty.ledger.entry import Labels
 from thrifty.spend import Spend, Work, total_spend, total_work
 
@@ -273,6 +274,75 @@ async def advance(branches: Sequence[Branch], until: Until | int) -> None:
     after each) or until all have ended. They must be of one engine."""
     if branches:
         await branches[0].engine.advance(branches, until)
+
+
+ROOT = -1
+"""The parent of a tree's first nodes: the branch as it is."""
+
+Choose: TypeAlias = Callable[[int, Any], tuple[int, int | None]]
+"""Given a node (or `ROOT`) and the logits [V] after it as policies left them: the token that comes next, and the child
+that it is, or None when it is no node of the tree."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """Candidate tokens that may follow a branch: node i is `tokens[i]` after node `parents[i]`, or after the branch
+    itself where that is `ROOT`. Parents stand before their children.
+
+    >>> Tree((7, 9, 4), (ROOT, ROOT, 0)).children(ROOT)
+    [0, 1]
+    """
+
+    tokens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.parents):
+            raise InvalidInput(f"a tree of {len(self.tokens)} tokens and {len(self.parents)} parents: give one each")
+        for i, parent in enumerate(self.parents):
+            if not ROOT <= parent < i:
+                raise InvalidInput(
+                    f"node {i} of a tree has the parent {parent}: {ROOT} (the root) to {i - 1} may be it"
+                )
+
+    def children(self, node: int) -> list[int]:
+        """The nodes after one, in order."""
+        return [i for i, parent in enumerate(self.parents) if parent == node]
+
+
+class Verified(Protocol):
+    """A tree that a branch has read. The branch itself is unchanged until `accept`; while this is open it may not be
+    stepped or appended to. Candidates are Work; a token is billed when a branch takes it."""
+
+    @property
+    def tree(self) -> Tree:
+        """All nodes so far."""
+
+    def logits(self, node: int) -> Any:
+        """The model's logits [V] after a node (`ROOT`: after the branch), before any policy."""
+
+    async def grow(self, tokens: Sequence[int], parents: Sequence[int]) -> None:
+        """Reads more nodes, numbered on from those there are, in one pass. Raises BudgetExceeded, InvalidInput."""
+
+    async def accept(self, choose: Choose) -> int:
+        """Walks from the root as `choose` says, as far as budget, limit, policies and stops allow, and makes the path
+        part of the branch, with the token that ended it. How many tokens were drawn. Closes this."""
+
+    def close(self) -> None:
+        """Forgets the tree; the branch goes on as if nothing had been read. Idempotent."""
+
+
+async def verify(branch: Branch, tree: Tree) -> Verified:
+    """Reads a tree of candidates after a branch, all nodes in one forward pass: for speculative methods.
+
+    Raises Unsupported where the engine cannot (the local one can), or where a policy of the branch needs to see token
+    by token what the cache holds; BudgetExceeded when the work or the memory is refused; InvalidInput for a branch that
+    has ended or a path that is too long.
+    """
+    read: Callable[[Tree], Awaitable[Verified]] | None = getattr(branch, "verify", None)
+    if read is None:
+        raise Unsupported(f"engine {branch.engine.name}:{branch.engine.model} verifies no trees: the local engine does")
+    return await read(tree)
 
 
 def text_of(message: Message) -> str:

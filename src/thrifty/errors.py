@@ -60,13 +60,26 @@ class BudgetExceeded(ThriftyError):
 
 
 class EngineError(ThriftyError):
-    """An engine failed. What had been spent is settled and is in `spend` and `work` (None when nothing was)."""
+    """An engine failed. What had been spent is settled and is in `spend` and `work` (None when nothing was).
+
+    `status` is the HTTP status that a server gave, `wait` the seconds it asks to wait, `timed_out` whether we gave up.
+    """
 
     exit_code = 4
 
-    def __init__(self, message: str, spend: Spend | None = None, work: Work | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        spend: Spend | None = None,
+        work: Work | None = None,
+        *,
+        status: int | None = None,
+        wait: float | None = None,
+        timed_out: bool = False,
+    ) -> None:
         super().__init__(message)
         self.spend, self.work = spend, work
+        self.status, self.wait, self.timed_out = status, wait, timed_out
 
 
 class Unsupported(InvalidInput):

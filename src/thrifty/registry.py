@@ -1,12 +1,14 @@
-"""Finds methods: built-in ones by their file, other people's by the entry-point group `thrifty.methods`.
+"""Finds methods: built-in ones by their file, other people's by the entry-point group `thrifty.methods`. And
+instruments (analyses, evaluations, bounds) by their declaration.
 
 A built-in method lives in `thrifty/methods/FAMILY/NAME.py`; the file's name with hyphens is its registered name, so
 listing names imports nothing and asking for one imports one file. An entry point's name is the method's name, and its
-object is the Method class.
+object is the Method class. An instrument is found by reading its file for `INSTRUMENT = Instrument(...)`.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import inspect
@@ -15,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thrifty.errors import InvalidInput, PlanError, nearest
+from thrifty.instrument import Instrument
 from thrifty.method import FAMILIES, Method
 
 GROUP = "thrifty.methods"
+INSTRUMENTS = ("meter", "tune", "bench")
+"""Folders whose modules may declare an instrument."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,3 +101,51 @@ def _sound(method: type[Method]) -> type[Method]:
 def names() -> tuple[str, ...]:
     """The names of all methods, sorted."""
     return tuple(sources())
+
+
+# -- instruments -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """An instrument, the folder of its module, and what the module says it is about (its first paragraph)."""
+
+    instrument: Instrument
+    folder: str
+    about: str
+
+
+@functools.cache
+def instruments() -> Mapping[str, Declared]:
+    """Every instrument by name, sorted; nothing is imported. Raises PlanError for a declaration that cannot be read, or
+    a name that something else has."""
+    found: dict[str, Declared] = {}
+    for folder in INSTRUMENTS:
+        for file in sorted((Path(__file__).parent / folder).glob("*.py")):
+            text = file.read_text(encoding="utf-8")
+            if "INSTRUMENT = " not in text:
+                continue
+            tree = ast.parse(text)
+            instrument = _declaration(tree, f"{folder}/{file.name}")
+            if instrument is None:
+                continue
+            if instrument.name in found or instrument.name in sources():
+                raise PlanError(f"{folder}/{file.name}: the name {instrument.name!r} is taken: choose another")
+            found[instrument.name] = Declared(instrument, folder, (ast.get_docstring(tree) or "").split("\n\n")[0])
+    return dict(sorted(found.items()))
+
+
+def _declaration(tree: ast.Module, where: str) -> Instrument | None:
+    """The instrument of a parsed module; None where it declares none."""
+    for node in tree.body:
+        if not (isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == ["INSTRUMENT"]):
+            continue
+        try:
+            if not isinstance(node.value, ast.Call) or node.value.args:
+                raise ValueError
+            return Instrument(**{str(k.arg): ast.literal_eval(k.value) for k in node.value.keywords})
+        except (TypeError, ValueError) as error:
+            raise PlanError(
+                f"{where}: INSTRUMENT = Instrument(name=..., kind=..., paper=..., runs=...) in literals is needed"
+            ) from error
+    return None

@@ -6,8 +6,10 @@ import re
 
 import pytest
 
-from thrifty import InvalidInput
-from thrifty.bench.easy import KINDS, easy_set
+from thrifty import InvalidInput, Spend
+from thrifty.bench.easy import KINDS, Overthinking, easy_set, overthinking
+from thrifty.bench.store import Result
+from thrifty.meter.overthinking import Score
 
 
 def test_answers_are_right() -> None:
@@ -40,3 +42,40 @@ def test_same_seed_same_tasks_and_bad_sizes() -> None:
     for n in (0, 100_000):
         with pytest.raises(InvalidInput, match="n = "):
             easy_set(n)
+
+
+def result(plan: str, question: str, tokens: int, score: float | None, sample: int = 0, suite: str = "easy") -> Result:
+    return Result(
+        f"{suite}/{plan}/{question}/{sample}",
+        suite,
+        plan,
+        plan,
+        (),
+        "engine",
+        question,
+        question,
+        score,
+        sample=sample,
+        spend=Spend(input=50, output=tokens),
+    )
+
+
+def test_overthinking_of_plans_is_told_from_their_results() -> None:
+    """Worked by hand: the least right answers take 4 (q) and 10 (r); nobody is right about s, and one run failed."""
+    results = [
+        *(result("long", "q", 20, 1.0), result("long", "q", 30, 1.0, 1)),  # 25 - 4 = 21, spread 10
+        result("short", "q", 4, 1.0),  # 0, spread 0
+        *(result("long", "r", 10, 1.0), result("short", "r", 2, 0.0)),  # 0 and -8, spread 0 each
+        *(result("long", "s", 9, 0.0), result("short", "s", 3, 0.5)),
+        result("short", "t", 99, None),
+    ]
+    assert overthinking(results) == {
+        "long": Overthinking(beyond=Score(10.5, 2, 1), spread=Score(10 / 3, 3)),
+        "short": Overthinking(beyond=Score(-4.0, 2, 1), spread=Score(0.0, 3)),
+    }
+
+
+def test_overthinking_of_nothing_or_of_two_suites_is_refused() -> None:
+    for given in ([], [result("a", "q", 1, 1.0), result("a", "q", 1, 1.0, suite="hard")]):
+        with pytest.raises(InvalidInput, match="exactly one"):
+            overthinking(given)

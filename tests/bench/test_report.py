@@ -276,6 +276,19 @@ def test_the_catalogue_has_every_method_and_what_was_measured(tmp_path: Path) ->
     assert len(effect("chain-of-draft", tmp_path / "results")) == 2
 
 
+def test_the_catalogue_has_stacks_beside_their_parts_and_the_instruments(tmp_path: Path) -> None:
+    compact.write(made(40), tmp_path / "results")
+    text = catalogue(tmp_path / "results")
+    (stacks,) = re.findall(r"\n## Stacks\n(.*?)\n## ", text, re.DOTALL)
+    (row,) = [line for line in stacks.split("\n") if line.startswith("| short | vote |")]
+    # by hand: (i * (k + 1)) % 4 is above 0 in 3 of 4 for k = 0 and 2, in 1 of 2 for k = 1, never for k = 3
+    assert "| 0.50, 0.75, 0.00 |" in row
+    assert "`plain` alone: score 0.75" in stacks and "n = 40" in stacks
+    instruments = text.split("\n## Analyses, evaluations and bounds\n")[1]
+    for name, declared in registry.instruments().items():
+        assert f"| {name} | {declared.instrument.kind} | `{declared.instrument.runs}` |" in instruments
+
+
 def test_skipped_laws_are_printed_with_their_reasons(tmp_path: Path) -> None:
     laws = tmp_path / "laws.json"
     laws.write_text(json.dumps({"truncation": {"seed": "passed", "padding": "skipped: no <tensors> | here"}}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,15 @@ import pytest
 from rich.console import Console
 
 from thrifty import InvalidInput, registry
+from thrifty.bench.store import read
 from thrifty.bench.study import Item, item_of, study, study_from
 from thrifty.bench.suites import SUITES, find, names
+from thrifty.bench.task import suite as tasks_of
 from thrifty.engines.scripted import ScriptedEngine
+
+THINKERS = ("thinker", "thinker-catalogue", "thinker-pairs")
+WAITING = ("budget-guidance", "recursive-speculative-decoding")
+"""Methods whose plans wait for what they need: a trained predictor, a draft model."""
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -20,9 +27,69 @@ def test_plans_are_valid_and_distinct_and_begin_with_the_engine_alone(name: str)
     plans = SUITES[name].plans()
     assert plans[0].name == "plain" and plans[0].methods == ()
     assert len({p.hash for p in plans}) == len({p.name for p in plans}) == len(plans) >= 6
-    assert any(len(p.methods) == 2 for p in plans), "one stack"
+    assert name in ("thinker", "thinker-catalogue") or any(len(p.methods) == 2 for p in plans), "one stack"
     for plan in plans:
         assert all(m.name in registry.names() for m in plan.methods)
+
+
+def on_the_thinker() -> set[str]:
+    """Methods that a thinking model without passages, tools and images can show."""
+    families = {name: registry.sources()[name].family for name in registry.names()}
+    return {name for name, family in families.items() if family in ("decode", "search")} - set(WAITING)
+
+
+@pytest.mark.parametrize(("suite", "settings"), [("thinker", 1), ("thinker-catalogue", 3)])
+def test_every_method_that_applies_has_its_settings(suite: str, settings: int) -> None:
+    used = [plan.methods[0].name for plan in SUITES[suite].plans()[1:]]
+    assert all(len(plan.methods) == 1 for plan in SUITES[suite].plans()[1:])
+    assert {name: used.count(name) for name in used} == dict.fromkeys(on_the_thinker() | {"no-thinking"}, settings)
+
+
+def test_pairs_are_of_two_families_and_stand_beside_their_parts() -> None:
+    plans = SUITES["thinker-pairs"].plans()
+    pairs = [plan for plan in plans if len(plan.methods) == 2]
+    singles = {plan.methods for plan in plans if len(plan.methods) == 1}
+    assert len(pairs) >= 6
+    for plan in pairs:
+        assert len({method.family for method in plan.methods}) == 2
+    assert singles == {(method,) for plan in pairs for method in plan.methods}, "their parts, and nothing else"
+
+
+def test_one_name_is_one_plan_in_all_suites_whose_results_are_kept_together() -> None:
+    hashes: dict[str, set[str]] = {}
+    for suite in THINKERS:
+        assert SUITES[suite].kept_as == "thinker"
+        for plan in SUITES[suite].plans():
+            hashes.setdefault(plan.name, set()).add(plan.hash)
+    assert all(len(found) == 1 for found in hashes.values())
+    assert len({h for found in hashes.values() for h in found}) == len(hashes)
+
+
+def test_what_one_suite_measured_serves_another_that_stands_on_it(tmp_path: Path) -> None:
+    engine = ScriptedEngine("Answer: 7")
+    engines = {"answer": engine, "scorer": engine}
+    for suite, resumed in (("thinker", 0), ("thinker-pairs", 8)):
+        item = item_of(SUITES[suite], engines, n=4)
+        assert item.axis == "output" and item.sampling.temperature == 1.0
+        sampled = [p for p in item.plans if {m.name for m in p.methods} <= {"self-consistency"}]
+        assert len(sampled) == 2
+        done = study([replace(item, plans=sampled)], engines, tmp_path, progress=False)
+        assert done.outcomes[0].resumed == resumed
+    heads = read(tmp_path / "results.jsonl").heads
+    assert [head["concurrency"] for head in heads] == [SUITES["thinker"].concurrency]
+
+
+def test_a_study_keeps_as_many_in_flight_as_it_is_told(tmp_path: Path) -> None:
+    item = item_of(SUITES["easy"], {"answer": reader()}, n=1)
+    for told, kept in ((None, 8), (3, 3)):
+        study([replace(item, plans=item.plans[:1])], {"answer": reader()}, tmp_path / str(told), concurrency=told)
+        assert [h["concurrency"] for h in read(tmp_path / str(told) / "results.jsonl").heads] == [kept]
+
+
+def test_the_easy_questions_are_a_suite() -> None:
+    tasks = SUITES["easy"].make(8, 3)
+    assert [t.messages for t in tasks] == [t.messages for t in tasks_of("easy", 8, 3)]
+    assert {t.extra["kind"] for t in tasks} == {"math", "chat", "code", "task"}
 
 
 def test_arithmetic_asks_for_at_most_96_new_tokens() -> None:
@@ -31,7 +98,7 @@ def test_arithmetic_asks_for_at_most_96_new_tokens() -> None:
 
 def test_names_are_refused_with_the_nearest() -> None:
     assert [s.name for s in find("demo")] == ["retrieval", "arithmetic"]
-    assert set(names()) == {"retrieval", "arithmetic", "thinker", "demo"}
+    assert set(names()) == {"retrieval", "arithmetic", "easy", *THINKERS, "demo"}
     with pytest.raises(InvalidInput, match="unknown suite 'retrival': did you mean 'retrieval'"):
         find("retrival")
 

@@ -32,6 +32,13 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "adaptive-k": {"buffer": 1},
     "fixed-k": {"k": 3},
     "truncation": {"tokens": 30},
+    "perplexity-compression": {"ratio": 0.4, "contrastive": True, "least": 20},
+    "long-code-zip": {"ratio": 0.6, "least": 20},
+    "ecorag": {"tokens": 30, "rounds": 2},
+    "tcra": {"ratio": 0.3},
+    "realm": {"k": 3, "calls": 4},
+    "refiner": {"tokens": 40},
+    "rcr-router": {"base": 30},
     "compaction": {"tokens": 40, "recent": 1, "older": "summary", "note": 32},
     "tool-output": {"tokens": 24},
     "tool-retrieval": {"k": 3},
@@ -70,6 +77,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "cgrs": {"threshold": 0.0, "words": ["a", "e"], "boundary": "token", "cue": "=", "probe_tokens": 1, "every": 4}
     | {"keep": 0, "unknown": "force", "begin": "prefix"},
     "adaptive-think": {"alpha": 1.0, "options": ["a", "e"], "boundary": "token", "merge": 0, "cue": "="}
+    | {"closing": "+", "keep": 0, "unknown": "force", "begin": "prefix"},
+    "budget-guidance": {"predictor": str(Path(__file__).with_name("budget_guidance.safetensors")), "most": 8}
     | {"closing": "+", "keep": 0, "unknown": "force", "begin": "prefix"},
     "soft-thinking": {"keep": 0, "unknown": "force", "begin": "prefix"},
     "swi-reasoning": {"keep": 0, "unknown": "force", "begin": "prefix"},
@@ -118,7 +127,15 @@ def _catalogue() -> tuple[dict[str, Any], ...]:
     return tuple(tools)
 
 
+CODE = "".join(
+    f"def note_{i}(x):\n    # about: {fact}\n    first = x + {i}\n    second = first * {i}\n    third = second - 1\n"
+    f"    total = first + second + third\n    print('{fact}', total)\n    return total\n\n\n"
+    for i, fact in enumerate(FACTS)
+)
+"""A file with a function for each fact."""
+
 CALLS: Mapping[str, Callable[[], Mapping[str, Any]]] = {
+    "long-code-zip": lambda: {"context": (CODE,)},
     "compaction": lambda: {"messages": conversation()},
     "tool-output": lambda: {"messages": conversation()},
     "tool-retrieval": lambda: {"tools": _catalogue()},
@@ -137,6 +154,12 @@ def speak(call: Call, draw: Draw) -> Reply:
         return Reply("1. Where is the code? (notes)\n2. What does it say? (read)")
     if "Is the solution correct?" in text:
         return Reply("Step 1: \\boxed{correct} Is the solution correct? yes")
+    if "the best first, such as" in text:
+        return Reply("B, then A.")
+    if "Reply with one word: yes or no" in text:
+        return Reply("no")
+    if "If nothing helps, write NONE" in text:
+        return Reply(f"1.1. ## Document 2\n{PASSAGES[1]}\nNobody wrote this.")
     words = ["so"] * draw.randint(2, 20)
     return Reply(" ".join(words) + f" #### {draw.choice(['42', '42', '7'])}", thinking="hm " * draw.randint(1, 6))
 
@@ -161,8 +184,9 @@ class Recorded:
 
 
 @functools.cache
-def tiny_model() -> Any:
-    """One local engine for all worlds; rows run alone, so that calls at the same time can be compared."""
+def tiny_model(seed: int = 0) -> Any:
+    """One local engine for all worlds; rows run alone, so that calls at the same time can be compared. Another seed is
+    another model with the same tokens: a draft."""
     sys.path.append(str(Path(__file__).parents[1] / "engines" / "local"))
     from tiny_chat import TEMPLATE, make_folder
 
@@ -171,7 +195,7 @@ def tiny_model() -> Any:
     template = TEMPLATE.replace("tools | length", "tools | tojson")  # so that a prompt is as long as its tools
 
     with tempfile.TemporaryDirectory(prefix="thrifty-laws-") as folder:
-        made = make_folder(Path(folder) / "tiny", template, positions=4096)
+        made = make_folder(Path(folder) / "tiny", template, positions=4096, seed=seed)
         return LocalEngine.load(made, dtype="float32", deterministic=True)
 
 
@@ -216,7 +240,8 @@ class World:
         own = () if self.without else (self.method.from_settings(chosen),)
         self.plan = Plan("law", (*self.above, *own, *self.below), self.budget, on_exceed=self.on_exceed)  # type: ignore[arg-type]
         self.engine = ENGINES[self.kind]()
-        roles = {role: ScriptedEngine(speak, model=role) for m in self.plan.methods for role in m.roles}
+        wanted = {role for m in self.plan.methods for role in m.roles}
+        roles = {r: tiny_model(seed=1) if r == "draft" else ScriptedEngine(speak, model=r) for r in wanted}
         self.pipeline: Pipeline = self.plan.build({**roles, "answer": self.engine})
         self.ledger = MemoryLedger()
         self.account = Account("law", ledger=self.ledger)

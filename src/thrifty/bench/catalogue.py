@@ -1,5 +1,5 @@
 """The catalogue page: every registered method with its paper, needs and knobs, and what was measured of it
-here.
+here; the stacks that were measured beside their parts; and the instruments.
 
 Generated from the registry and from the committed results, so that it cannot say what no run has shown. A
 method that no result file holds reads "not measured on a model".
@@ -43,21 +43,13 @@ class Measured:
 def measured(folder: str | Path) -> dict[str, list[Measured]]:
     """By method name, every plan of the committed results that uses it. Raises InvalidInput for a broken
     file."""
-    found: dict[str, list[Measured]] = {}
-    for path in sorted(Path(folder).glob("*/*.jsonl.gz")):
-        contents = read(path)
-        for suite in dict.fromkeys(r.suite for r in contents.results):
-            axis = axis_of(suite, contents.results)
-            for frontier in analyse(contents, axis, suite=suite):
-                for row in frontier.rows[1:]:
-                    for method in dict.fromkeys(row.methods):
-                        found.setdefault(method, []).append(Measured(frontier, row))
-    return found
+    return _by_method(_frontiers(folder))
 
 
 def catalogue(results: str | Path, laws: Laws | None = None) -> str:
     """The page in Markdown, the same for the same inputs."""
-    known = measured(results)
+    frontiers = _frontiers(results)
+    known = _by_method(frontiers)
     methods = [registry.get(name) for name in registry.names()]
     families: dict[str, list[type[Method]]] = {}
     for method in methods:
@@ -75,6 +67,7 @@ def catalogue(results: str | Path, laws: Laws | None = None) -> str:
         lines += [f"## {family}", ""]
         for method in members:
             lines += _section(method, known.get(method.name, []), (laws or {}).get(method.name))
+    lines += _stacks(frontiers) + _instruments()
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -119,6 +112,63 @@ def read_laws(path: str | Path) -> Laws:
 
 
 # -- details -------------------------------------------------------------------------------------------------
+
+
+def _frontiers(folder: str | Path) -> list[Frontier]:
+    found: list[Frontier] = []
+    for path in sorted(Path(folder).glob("*/*.jsonl.gz")):
+        contents = read(path)
+        for suite in dict.fromkeys(r.suite for r in contents.results):
+            found += analyse(contents, axis_of(suite, contents.results), suite=suite)
+    return found
+
+
+def _by_method(frontiers: Sequence[Frontier]) -> dict[str, list[Measured]]:
+    found: dict[str, list[Measured]] = {}
+    for frontier in frontiers:
+        for row in frontier.rows[1:]:
+            for method in dict.fromkeys(row.methods):
+                found.setdefault(method, []).append(Measured(frontier, row))
+    return found
+
+
+def _stacks(frontiers: Sequence[Frontier]) -> list[str]:
+    """What stacks do beside their parts; nothing where none was measured."""
+    lines: list[str] = []
+    for frontier in (f for f in frontiers if f.stacks):
+        rows = {row.plan: row for row in frontier.rows}
+        axis = words.axis_head(frontier.axis)
+        lines += [
+            f"### {frontier.suite} on {frontier.model}",
+            "",
+            f"| A | B | score A, B, both | {axis} A, B, both | score beyond the sum of both |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for stack in frontier.stacks:
+            three = [rows[name] for name in (stack.a, stack.b, stack.both)]
+            scores = ", ".join(f"{row.score.value:.2f}" for row in three)
+            costs = ", ".join(words.amount(row.axis.value, frontier.axis) for row in three)
+            beyond = words.difference(stack.score.additive)
+            lines.append(f"| {_cell(stack.a)} | {_cell(stack.b)} | {scores} | {costs} | {beyond} |")
+        base = frontier.reference
+        cost = words.amount(base.axis.value, frontier.axis)
+        lines += ["", f"`{base.plan}` alone: score {base.score.value:.2f}, {axis} {cost}, n = {base.n}.", ""]
+    return ["## Stacks", "", *lines] if lines else []
+
+
+def _instruments() -> list[str]:
+    lines = [
+        "## Analyses, evaluations and bounds",
+        "",
+        "They change no call: they tell something about models, plans or runs.",
+        "",
+        "| name | kind | run by | source |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, declared in registry.instruments().items():
+        found = declared.instrument
+        lines.append(f"| {name} | {found.kind} | `{_cell(found.runs)}` | {_cell(found.paper)} |")
+    return [*lines, ""]
 
 
 def _overview(methods: Sequence[type[Method]], known: Mapping[str, Sequence[Measured]]) -> list[str]:

@@ -8,10 +8,14 @@ turns; a question occurs once."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
+from thrifty.bench.store import Result, read
 from thrifty.bench.task import Task
 from thrifty.errors import InvalidInput
+from thrifty.meter.overthinking import Run, Score, envelope, global_overthinking
 
 KINDS = ("math", "chat", "code", "task")
 
@@ -83,6 +87,32 @@ def easy_set(n: int, seed: int = 0) -> list[Task]:
         extra = {"suite": "easy", "kind": kind}
         tasks.append(Task(id=f"easy-{seed}-{i}", messages=(message,), gold=gold, scorer=scorer, extra=extra))
     return tasks
+
+
+@dataclass(frozen=True, slots=True)
+class Overthinking:
+    """One plan: tokens that it spends beyond what the questions take, in output tokens a question."""
+
+    beyond: Score
+    """O_g: its mean spend less the shortest correct answer of any plan"""
+    spread: Score
+    """O_env: its longest answer less its shortest; 0 where it answered each question once"""
+
+
+def overthinking(results: str | Path | Iterable[Result]) -> dict[str, Overthinking]:
+    """The overthinking scores of every plan, from a results file or results of one suite and engine. A score of 1 is a
+    correct answer; failed runs are left out. Plans stand in the place of the paper's models: its minimum is that over
+    all models, here that over all plans.
+
+    Raises InvalidInput for results of several suites or engines, or none."""
+    found = read(results).results if isinstance(results, (str, Path)) else results
+    kept = [r for r in found if r.score is not None]
+    where = {(r.suite, r.engine) for r in kept}
+    if len(where) != 1:
+        raise InvalidInput(f"results of {len(where)} suites and engines: those of exactly one are needed")
+    runs = [Run(r.task_hash, r.plan, r.spend.output, r.score == 1.0) for r in kept]
+    beyond, spread = global_overthinking(runs), envelope(runs)
+    return {plan: Overthinking(beyond[plan], spread[plan]) for plan in beyond}
 
 
 def _math(rng: random.Random) -> tuple[str, str, str]:

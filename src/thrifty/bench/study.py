@@ -53,6 +53,8 @@ class Item:
     tasks: Sequence[Task]
     axis: str = AXIS
     sampling: Sampling = GREEDY
+    concurrency: int = 8
+    """examples in flight where the study is not told"""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def item_of(
     answering engine's tokens."""
     number = n if n is not None else suite.quick if quick else suite.n
     tasks = suite.make(number, seed, count=count_with(engines["answer"]))
-    return Item(suite.name, suite.plans(), tasks, suite.axis, suite.sampling)
+    return Item(suite.kept_as, suite.plans(), tasks, suite.axis, suite.sampling, suite.concurrency)
 
 
 def count_with(engine: Engine) -> Callable[[str], int]:
@@ -114,7 +116,7 @@ def study(
     axis: str | None = None,
     seeds: Sequence[int] = (0,),
     samples: int = 1,
-    concurrency: int = 8,
+    concurrency: int | None = None,
     account: Account | None = None,
     keep_text: bool = True,
     unsafe: bool = False,
@@ -156,7 +158,7 @@ def study(
                     seeds=seeds,
                     samples=samples,
                     sampling=item.sampling,
-                    concurrency=concurrency,
+                    concurrency=concurrency or item.concurrency,
                     account=account,
                     keep_text=keep_text,
                     command=command,

@@ -265,7 +265,7 @@ def _dataset_rows(
 
 def suites() -> tuple[str, ...]:
     """The built-in suites. `reasoning-gym:NAME` stands for each of its generators."""
-    return ("needles", "arithmetic", "thinker", "reasoning-gym:NAME")
+    return ("needles", "arithmetic", "easy", "thinker", "reasoning-gym:NAME")
 
 
 def suite(
@@ -287,6 +287,10 @@ def suite(
         from thrifty.bench.needles import needles
 
         return needles(n, seed, count=count, **_checked(needles, given, ("n", "seed", "count"), name))
+    if name == "easy":
+        from thrifty.bench.easy import easy_set
+
+        return easy_set(n, seed, **_checked(easy_set, given, ("n", "seed"), name))
     if name == "thinker":
         from thrifty.lab.suite import lab_tasks
 

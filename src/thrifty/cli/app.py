@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from thrifty import __version__
-from thrifty.cli import ask, frontier, ledger, methods, models, plan, run, tune, verify
+from thrifty.cli import ask, count, frontier, ledger, meter, methods, models, plan, run, serve, tune, verify
 
 app = typer.Typer(
     name="thrifty",
@@ -37,10 +37,13 @@ def _root(
 
 app.command("ask")(ask.ask)
 app.command("run")(run.run)
+app.command("count")(count.count)
 app.command("frontier")(frontier.frontier)
 app.command("tune")(tune.tune)
 app.command("verify")(verify.verify)
+app.command("serve")(serve.serve)
 app.add_typer(methods.app, name="methods")
 app.add_typer(plan.app, name="plan")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(models.app, name="models")
+app.add_typer(meter.app, name="meter")

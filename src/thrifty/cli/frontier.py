@@ -38,7 +38,8 @@ def frontier(
     suites: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Suites (retrieval, arithmetic, thinker, demo), reasoning-gym:NAME, or task files in JSONL."
+            help="Suites (retrieval, arithmetic, easy, thinker, thinker-catalogue, thinker-pairs, demo), "
+            "reasoning-gym:NAME, or task files in JSONL. Without one: thinker for the lab's thinker, else demo."
         ),
     ] = None,
     model: Model = None,
@@ -54,12 +55,17 @@ def frontier(
         "out/frontier"
     ),
     n: Annotated[int | None, typer.Option("--n", min=1, help="Examples a suite.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A few examples, to see that all works.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The suite's small size: a run of at most ten minutes on two cores.")
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Makes tasks, order and sampling repeatable.")] = 0,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Answers to each example.")] = 1,
     concurrency: Annotated[
-        int, typer.Option("--concurrency", "-c", min=1, help="Examples in flight, over all workers.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            "--concurrency", "-c", min=1, help="Examples in flight, over all workers. Without it: 8, the thinker's 32."
+        ),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -116,12 +122,13 @@ def frontier(
     if axis is not None:
         check_axis(axis)
     plans = [_load(path) for path in plan or ()]
-    specs = _specs(suites or ["demo"], plans, model, embedder, judge)
+    names = suites or [_default(model)]
+    specs = _specs(names, plans, model, embedder, judge)
     fleet = fleet_of(specs, workers, ray, prices)
     book = None
     try:
         engines = _engines(specs, prices) if fleet is None else fleet.engines
-        items = _items(suites or ["demo"], plans, engines, n, quick, seed)
+        items = _items(names, plans, engines, n, quick, seed)
         book = ledger_of(ledger)
         found = study(
             items,
@@ -143,6 +150,13 @@ def frontier(
         if book is not None:
             book.close()  # type: ignore[attr-defined]
     _finish(found, json, save)
+
+
+def _default(model: str | None) -> str:
+    """The suite that is measured where none is named: the lab's thinker is measured on what it was made for."""
+    from thrifty.lab.suite import is_thinker
+
+    return "thinker" if model is not None and is_thinker(model) else "demo"
 
 
 def _items(

@@ -1,4 +1,4 @@
-"""`thrifty methods`: what can be put into a plan."""
+"""`thrifty methods`: what can be put into a plan, and the instruments that measure or bound."""
 
 from __future__ import annotations
 
@@ -8,32 +8,42 @@ import typer
 
 from thrifty import registry
 from thrifty.cli._options import Json, print_json
+from thrifty.errors import InvalidInput, nearest
 from thrifty.method import Method
 
-app = typer.Typer(help="List the methods, or show one.", invoke_without_command=True)
+app = typer.Typer(
+    help="List the methods, and the analyses, evaluations and bounds; or show one.", invoke_without_command=True
+)
 
 
 @app.callback()
 def listing(context: typer.Context, json: Json = False) -> None:
-    """List every method with its family, kind and source."""
+    """List every method with its family, kind and source; after them the analyses, evaluations and bounds."""
     if context.invoked_subcommand is not None:
         return
     rows = [describe(registry.get(name)) for name in registry.names()]
+    rows += [describe_instrument(declared) for declared in registry.instruments().values()]
     if json:
         print_json(rows)
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("method", "family", "kind", "needs", "source")
+    table = Table("name", "family", "kind", "needs, or is run by", "source")
     for row in rows:
-        table.add_row(row["name"], row["family"], row["kind"], ", ".join(row["needs"]), row["paper"])
+        needs = row["runs"] or ", ".join(row["needs"])
+        table.add_row(row["name"], row["family"], row["kind"], needs, row["paper"])
     Console().print(table)
 
 
 @app.command("show")
-def show(name: Annotated[str, typer.Argument(help="A method's name.")], json: Json = False) -> None:
-    """Show one method: paper, needs, knobs, and what the bench measured."""
+def show(name: Annotated[str, typer.Argument(help="A name of the list.")], json: Json = False) -> None:
+    """Show one method: paper, needs, knobs, and what the bench measured. Of an instrument: paper, and what runs it."""
+    if name in registry.instruments():
+        _show_instrument(describe_instrument(registry.instruments()[name]), json)
+        return
+    if name not in registry.names():
+        raise InvalidInput(nearest(name, [*registry.names(), *registry.instruments()], "method"))
     row = describe(registry.get(name))
     measured = _measured(name)
     if json:
@@ -77,7 +87,40 @@ def describe(method: type[Method]) -> dict[str, Any]:
         "identity": method.identity,
         "no_identity": method.no_identity,
         "about": (method.__doc__ or "").strip().split("\n\n")[0],
+        "runs": None,
     }
+
+
+def describe_instrument(declared: registry.Declared) -> dict[str, Any]:
+    """An analysis, evaluation or bound as JSON has it: the same keys, and what runs it."""
+    found = declared.instrument
+    return {
+        "name": found.name,
+        "family": declared.folder,
+        "kind": found.kind,
+        "paper": found.paper,
+        "version": 1,
+        "needs": [],
+        "roles": {},
+        "knobs": [],
+        "identity": None,
+        "no_identity": "it changes no call",
+        "about": declared.about,
+        "runs": found.runs,
+    }
+
+
+def _show_instrument(row: dict[str, Any], json: bool) -> None:
+    if json:
+        print_json(row)
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    Console().print(
+        f"[bold]{row['name']}[/bold]  ({row['family']}, {row['kind']})\n{escape(row['about'])}\n\n"
+        f"source: {escape(row['paper'])}\nrun by: {escape(row['runs'])}"
+    )
 
 
 def _measured(name: str) -> list[str]:

@@ -9,7 +9,7 @@ from thrifty.engine import CAPABILITIES
 _TEXT = frozenset({"text", "sampling", "logprobs", "embed", "continue"})
 
 KNOWN: Mapping[str, frozenset[str]] = {
-    "scripted": _TEXT | {"branch"},
+    "scripted": _TEXT | {"branch", "score"},
     "openai": _TEXT,
     "local": CAPABILITIES - {"gradients"},
 }

@@ -20,16 +20,16 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from thrifty.budget import Account
 from thrifty.call import Answer, Branch, Call, Message, Receipt, Until, text_of
 from thrifty.context import render
-from thrifty.engine import CAPABILITIES, Embeddings
+from thrifty.engine import CAPABILITIES, Embeddings, Scores, TokenScores
 from thrifty.engines.generation import Generation, check_call, labels_for, stamped
-from thrifty.engines.script import Draw, Reply, Script, Words
+from thrifty.engines.script import Draw, Reply, Script, Words, expected
 from thrifty.engines.settling import TRANCHE, Prices, Tab
 from thrifty.errors import BudgetExceeded, EngineError, InvalidInput, Unsupported, nearest
 from thrifty.ledger.entry import Labels
@@ -38,7 +38,7 @@ from thrifty.spend import Spend, Work
 
 __all__ = ["IMAGE_TOKENS", "PROVIDES", "Draw", "Reply", "Script", "ScriptedBranch", "ScriptedEngine", "Words"]
 
-PROVIDES: frozenset[str] = frozenset({"text", "sampling", "logprobs", "embed", "continue", "branch"})
+PROVIDES: frozenset[str] = frozenset({"text", "sampling", "logprobs", "embed", "score", "continue", "branch"})
 """What a scripted engine provides unless told otherwise."""
 
 IMAGE_TOKENS = 16
@@ -49,7 +49,8 @@ class ScriptedEngine:
     """See the top of the module.
 
     `seed` and the call's own seed decide what `Draw` gives. `delay`: seconds between tokens. `fail_after`: raise
-    EngineError when a generation has drawn that many tokens. `tranche`: output tokens held at a time.
+    EngineError when a generation has drawn that many tokens. `tranche`: output tokens held at a time. `logprob`: of a
+    word, given the context and the text before it, for `score`; `expected` unless told otherwise.
     """
 
     name = "scripted"
@@ -67,6 +68,7 @@ class ScriptedEngine:
         fail_after: int | None = None,
         tranche: int = TRANCHE,
         dimensions: int = 256,
+        logprob: Callable[[str, str, str], float] | None = None,
     ) -> None:
         self.script, self.model, self.seed = script, model, seed
         self.capabilities = frozenset(capabilities)
@@ -74,6 +76,7 @@ class ScriptedEngine:
             raise InvalidInput(nearest(capability, CAPABILITIES, "capability"))
         self.prices, self.delay, self.fail_after = prices, delay, fail_after
         self.tranche, self.dimensions = tranche, dimensions
+        self.logprob = logprob or expected
         self.words = Words()
         self.calls: list[Call] = []
         """every call it was asked to generate for, in order"""
@@ -149,6 +152,31 @@ class ScriptedEngine:
             row /= np.linalg.norm(row)
         await hold.settle_async(spend, Work(target_passes=1))
         return Embeddings(vectors, spend)
+
+    async def score(
+        self, texts: Sequence[str], account: Account, labels: Labels, context: str | Sequence[str] = ""
+    ) -> Scores:
+        """What `logprob` says of each word. A context is input with every text it stands before."""
+        if "score" not in self.capabilities:
+            raise Unsupported(f"engine {self.name}:{self.model} does not score: use an engine with `score`")
+        import numpy as np
+
+        contexts = [context] * len(texts) if isinstance(context, str) else list(context)
+        tokens = sum(len(self.words.split(t)) for pair in zip(contexts, texts, strict=True) if pair[1] for t in pair)
+        spend = Spend(input=tokens, calls=1) if tokens else Spend()
+        if self.prices is not None:
+            spend = self.prices.with_price(spend, self.model, labels.role)
+        work = Work(prefill=tokens, target_passes=1) if tokens else Work()
+        hold = account.hold(spend, work, labels=stamped(labels, self.name, self.model, self.prices))
+        found = []
+        for before, text in zip(contexts, texts, strict=True):
+            words = self.words.split(text)
+            stops = np.cumsum([len(word) for word in words], dtype=np.int64)
+            spans = np.stack([np.concatenate([[0], stops[:-1]]), stops], axis=1) if words else np.zeros((0, 2), int)
+            scores = [self.logprob(w, before, text[:a]) for w, (a, _) in zip(words, spans, strict=True)]
+            found.append(TokenScores(np.asarray(scores, dtype=np.float64), spans.astype(np.int64)))
+        await hold.settle_async(spend, work)
+        return Scores(tuple(found), spend, work)
 
     async def aclose(self) -> None:
         """Nothing to free."""

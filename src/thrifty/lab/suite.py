@@ -6,12 +6,14 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from thrifty.bench.scorers import final_answer
 from thrifty.bench.task import Task
 from thrifty.errors import InvalidInput
 from thrifty.lab.tasks import FAMILIES, check, family, make
+from thrifty.lab.tokenizer import TEMPLATE
 
 MIDDLE = (3,)
 """The difficulties at which thinking decides most: those that the thinker's gates were set at."""
@@ -46,6 +48,17 @@ def answer_of(text: str) -> str:
     marked = final_answer(text)
     parts = re.split(r"answer(?: is)?:?\**\s*:?", marked, flags=re.IGNORECASE)
     return parts[-1].strip().rstrip(".").strip()
+
+
+def is_thinker(model: str) -> bool:
+    """Whether an engine's specification names the lab's thinker: the packaged one, or a folder with its chat template.
+
+    >>> is_thinker("local:thinker"), is_thinker("smollm2")
+    (True, False)
+    """
+    name = model.removeprefix("local:")
+    template = Path(name) / "chat_template.jinja"
+    return name == "thinker" or (template.is_file() and template.read_text(encoding="utf-8") == TEMPLATE)
 
 
 def lab_tasks(

@@ -45,7 +45,9 @@ __all__ = [
 class Ledger(LedgerLike, Protocol):
     """What every ledger that is open for writing can do."""
 
-    path: Path | None
+    @property
+    def path(self) -> Path | None:
+        """Its file; None in memory."""
 
     def entries(
         self, since: When = None, until: When = None, where: Mapping[str, str] | None = None

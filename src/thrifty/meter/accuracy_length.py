@@ -17,6 +17,17 @@ from statistics import NormalDist, median
 from typing import Any
 
 from thrifty.errors import InvalidInput
+from thrifty.instrument import Instrument
+
+INSTRUMENT = Instrument(
+    name="accuracy-length",
+    kind="analysis",
+    paper=(
+        "The Relationship Between Reasoning and Performance in Large Language Models -- o3 (mini) Thinks Harder, Not "
+        "Longer (Ballon et al. 2025, arXiv:2502.15631)"
+    ),
+    runs="thrifty.meter.accuracy_length:regress",
+)
 
 _RIDGE = 1e-4
 """On the fixed effects only, so that a tier that is always or never solved has a finite one."""

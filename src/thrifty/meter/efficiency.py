@@ -5,6 +5,17 @@ from __future__ import annotations
 import math
 
 from thrifty.errors import InvalidInput
+from thrifty.instrument import Instrument
+
+INSTRUMENT = Instrument(
+    name="e3",
+    kind="evaluation",
+    paper=(
+        "Plan and Budget: Effective and Efficient Test-Time Scaling on Large Language Model Reasoning "
+        "(Lin et al. 2025, arXiv:2505.16122)"
+    ),
+    runs="thrifty.meter.efficiency:e3",
+)
 
 
 def e3(accuracy: float, mean_tokens: float) -> float:

@@ -13,6 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from thrifty.errors import InvalidInput
+from thrifty.instrument import Instrument
+
+INSTRUMENT = Instrument(
+    name="info-gain",
+    kind="analysis",
+    paper=(
+        "Think or Not? Exploring Thinking Efficiency in Large Reasoning Models via an Information-Theoretic Lens "
+        "(Yong et al. 2025, arXiv:2505.18237)"
+    ),
+    runs="thrifty.meter.information:info_gain",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from thrifty.errors import InvalidInput
+from thrifty.instrument import Instrument
+
+INSTRUMENT = Instrument(
+    name="overthinking-scores",
+    kind="evaluation",
+    paper=(
+        "ThoughtTerminator: Benchmarking, Calibrating, and Mitigating Overthinking (Pu et al. 2025, arXiv:2504.13367)"
+    ),
+    runs="thrifty.bench.easy:overthinking",
+)
 
 
 @dataclass(frozen=True, slots=True)

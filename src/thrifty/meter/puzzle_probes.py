@@ -17,8 +17,19 @@ from statistics import fmean, pstdev
 from thrifty.budget import Account
 from thrifty.call import Sampling
 from thrifty.errors import BudgetExceeded, InvalidInput
+from thrifty.instrument import Instrument
 from thrifty.meter.puzzles import Move, Puzzle
 from thrifty.plan import Pipeline
+
+INSTRUMENT = Instrument(
+    name="puzzle-probes",
+    kind="evaluation",
+    paper=(
+        "The Illusion of Thinking: Understanding the Strengths and Limitations of Reasoning Models via the Lens of "
+        "Problem Complexity (Shojaee et al. 2025, arXiv:2506.06941)"
+    ),
+    runs="thrifty.meter.puzzle_probes:probe",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from thrifty.instrument import Instrument
 from thrifty.plan import Plan
 from thrifty.tune.irt import AdaptiveTest, Floats, Items, fit, mean_costs
 from thrifty.tune.measured import Measured
+
+INSTRUMENT = Instrument(
+    name="adaptive-item-selection",
+    kind="evaluation",
+    paper="Cost-Efficient Estimation of General Abilities Across Benchmarks (WILD)",
+    runs="thrifty tune --items adaptive",
+)
 
 
 @dataclass(frozen=True)

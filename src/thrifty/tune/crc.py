@@ -26,6 +26,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from thrifty.errors import InvalidInput
+from thrifty.instrument import Instrument
+
+INSTRUMENT = Instrument(
+    name="conformal-risk-control",
+    kind="bound",
+    paper="Conformal Risk Control (Angelopoulos et al. 2024, ICLR)",
+    runs="thrifty tune --method crc",
+)
 
 _EPS = float(np.finfo(np.float64).eps)
 

@@ -16,7 +16,15 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from thrifty.instrument import Instrument
 from thrifty.tune.space import Factor
+
+INSTRUMENT = Instrument(
+    name="one-factor-at-a-time",
+    kind="analysis",
+    paper="Problem Solved? Information Extraction Design Space for Layout-Rich Documents using LLMs (LayIE-LLM)",
+    runs="thrifty tune --strategy ofat",
+)
 
 Choice: TypeAlias = Mapping[str, Any]
 Value: TypeAlias = tuple[float, ...]

@@ -16,6 +16,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from thrifty.errors import InvalidInput
+from thrifty.instrument import Instrument
+
+INSTRUMENT = Instrument(
+    name="learn-then-test",
+    kind="bound",
+    paper="Learn then Test: Calibrating Predictive Algorithms to Achieve Risk Control (Angelopoulos et al. 2025)",
+    runs="thrifty tune --method ltt",
+)
 
 
 def fixed_sequence(p_values: Iterable[float], delta: float) -> int:

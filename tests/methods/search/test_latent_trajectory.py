@@ -57,8 +57,9 @@ def test_a_straight_line_a_closed_loop_and_no_way_at_all() -> None:
 
 def test_choice_threshold_and_auc() -> None:
     signals = [None, Signals(1, 5, 0.2, 3), Signals(2, 9, 0.1, 3), Signals(2, 4, 0.2, 3)]
-    assert [best_of(signals, s) for s in ("net", "cumulative", "aligned")] == [2, 3, 1]
-    assert best_of([None, None], "net") == 0
+    scores = [[None if x is None else x.score(s) for x in signals] for s in ("net", "cumulative", "aligned")]
+    assert [best_of(row) for row in scores] == [2, 3, 1]
+    assert best_of([None, None]) == 0
     questions = [([(0.2, False), (0.9, True)], False), ([(0.8, True), (0.1, False)], False), ([(0.3, False)] * 2, True)]
     assert choose_threshold(questions) == (0.8, 1.0, (2 + 1 + 2) / 3)
     with pytest.raises(InvalidInput):

@@ -16,15 +16,8 @@ from thrifty import Account, Budget, BudgetExceeded, Call, EngineError, InvalidI
 from thrifty.engines.scripted import PROVIDES, Draw, Reply, ScriptedEngine
 from thrifty.ledger import MemoryLedger
 from thrifty.methods.search._samples import seed_of
-from thrifty.methods.search._verifier import (
-    AGAIN,
-    CLOSING_QUESTION,
-    ReadYesNo,
-    Verifier,
-    prompt_for,
-    read_chain,
-    steps_of,
-)
+from thrifty.methods.search._verifier import ReadYesNo, Verifier
+from thrifty.methods.search._wording import BOXED, CLOSING_QUESTION, prompt_for, read_chain, steps_of
 from thrifty.methods.search.think_prm import ThinkPRM, keep_chain, process_bench
 
 HARD = PROVIDES - {"logprobs"}
@@ -133,12 +126,12 @@ async def test_more_chains_lower_the_variance_of_the_score_as_one_over_k() -> No
 
 async def test_a_recheck_continues_the_chain_and_its_word_counts() -> None:
     def script(call: Call, draw: Draw) -> str:
-        return NO if (call.prefix or "").endswith(AGAIN) else YES
+        return NO if (call.prefix or "").endswith(BOXED.again) else YES
 
     engine = ScriptedEngine(script, capabilities=HARD)
     call = Call(({"role": "user", "content": "q"},), Account("t"), engines={"scorer": engine})
     assert (await Verifier("m", call, rechecks=1).verdict("one")).score == 0
-    assert len(engine.calls) == 2 and engine.calls[1].prefix == YES + AGAIN
+    assert len(engine.calls) == 2 and engine.calls[1].prefix == YES + BOXED.again
 
 
 # -- the method ------------------------------------------------------------------------------------------------

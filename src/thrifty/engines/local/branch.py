@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from thrifty.call import Answer, Call, Receipt
+from thrifty.call import Answer, Call, Receipt, Tree
 from thrifty.engines.generation import Generation
 from thrifty.engines.local import sampling
 from thrifty.engines.local.family import Family
 from thrifty.engines.local.kv import BLOCK, Store
 from thrifty.engines.local.prompt import Prompt, pixels
 from thrifty.engines.local.runner import Output, Row
+from thrifty.engines.local.verify import Reading, beyond
 from thrifty.engines.local.vision import Seen, features, place
 from thrifty.engines.settling import Tab
 from thrifty.errors import BudgetExceeded, EngineError, InvalidInput
@@ -50,6 +51,8 @@ class LocalBranch(Generation):
     need them."""
 
     engine: LocalEngine
+    drafts: ClassVar[bool] = False
+    """its forward passes are those of a draft model"""
 
     def __init__(
         self,
@@ -80,6 +83,10 @@ class LocalBranch(Generation):
         self.evicted = 0
         self.seen: Seen | None = None
         """the prompt's images as they were embedded, for vision policies' receipts"""
+        self.reading: Reading | None = None
+        """a tree of candidates that was read and is neither accepted nor closed"""
+        self._extra = Work()
+        """held for trees, beyond what decoding alone takes"""
         self._drawn: Tensor | None = None
         self._parent: LocalBranch | None = None
         self._work = Work()
@@ -121,6 +128,7 @@ class LocalBranch(Generation):
         """Forces text: it counts as output and is read with the next step."""
         with self.lock:
             self._idle("append to")
+            self.no_tree()
             if self.finish is None:
                 self._read(self.force(text))
 
@@ -135,6 +143,32 @@ class LocalBranch(Generation):
             twin.sampler = self.sampler.fork(seed)
             self.engine.scheduler.queue(twin.copy_store)
             return twin
+
+    async def verify(self, tree: Tree) -> Reading:
+        """Reads a tree of candidates; see `thrifty.call.verify`."""
+        with self.lock:
+            self._idle("verify a tree after")
+            self.no_tree()
+            if self.finish is not None:
+                raise InvalidInput(f"this branch has ended ({self.finish}): nothing follows it")
+            reading = self.reading = Reading(self)
+        try:
+            await reading.grow(tree.tokens, tree.parents)
+        except BaseException:
+            reading.close()
+            raise
+        return reading
+
+    @property
+    def room(self) -> int | None:
+        """Tokens that the model's context has room for after all that is pending; None where it has no end."""
+        most, store = self.engine.runner.max_positions, self.store
+        return None if most is None or store is None else int(most) - store.next_position - self.waiting
+
+    @property
+    def waiting(self) -> int:
+        """Entries that the next pass adds to the cache."""
+        return len(self.pending) + (0 if self.embeds is None else self.embeds.shape[0])
 
     def close(self) -> None:
         """Ends the branch, settles what it produced and frees its memory. Idempotent; a token that is being computed
@@ -163,6 +197,9 @@ class LocalBranch(Generation):
 
     def free(self) -> None:
         """Gives the memory back, once the branch is closed."""
+        reading, self.reading = self.reading, None
+        if reading is not None:
+            reading.free()
         store, self.store = self.store, None
         if store is not None:
             store.close()
@@ -203,8 +240,7 @@ class LocalBranch(Generation):
         """
         if self.logits is not None or self.store is None:
             return None
-        new = len(self.pending) + (0 if self.embeds is None else self.embeds.shape[0])
-        store = self.store
+        new, store = self.waiting, self.store
         ask = 0 if store.slot is not None else BLOCK
         if store.tail + new > BLOCK:
             ask += max(BLOCK, new)
@@ -233,6 +269,25 @@ class LocalBranch(Generation):
             store = self.store
             if output.evicted or (store is not None and store.tail <= output.written):
                 self._measure()
+
+    def cover_tree(self, reads: int) -> None:
+        """Holds one pass that reads so many entries in a layer, as far as the tokens drawn so far have not been held
+        for. Raises BudgetExceeded."""
+        planned = Work(
+            kv_reads=reads * self.engine.runner.layers,
+            target_passes=int(not self.drafts),
+            draft_passes=int(self.drafts),
+        )
+        need = beyond(self._work + planned, self.tab.bound(self.output))
+        more = beyond(need, self._extra)
+        if more and self.tab._hold is not None:
+            self.tab._hold.grow(work=more)
+            self._extra = self._extra + more
+
+    def count_tree(self, reads: int, seconds: float) -> None:
+        """Takes the Work of a pass over a tree."""
+        if not self.closed:
+            self._count(Output(None, None, reads, 0), seconds)
 
     def shape_logits(self, logits: Tensor, finite: bool) -> None:
         """Lets this branch's policies change logits [V], float32, in place. Raises EngineError for unusable ones."""
@@ -348,6 +403,10 @@ class LocalBranch(Generation):
         if self.failure is not None:
             raise self.failure
 
+    def no_tree(self) -> None:
+        if self.reading is not None:
+            raise InvalidInput("a tree of candidates after this branch is open: accept or close it first")
+
     def _twin(self, labels: Labels, limit: int | None) -> LocalBranch:
         """A branch with this one's past, billed for it as cached; its cache is copied later."""
         shared = self.tab.prompt.input + self.output
@@ -391,7 +450,8 @@ class LocalBranch(Generation):
         self._work = self._work + Work(
             prefill=prefill,
             kv_reads=output.kv_reads * self.engine.runner.layers,
-            target_passes=1,
+            target_passes=int(not self.drafts),
+            draft_passes=int(self.drafts),
             engine_seconds=seconds,
         )
         if not prefill:

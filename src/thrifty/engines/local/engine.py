@@ -24,10 +24,10 @@ import torch
 
 from thrifty.budget import Account
 from thrifty.call import Answer, Branch, Call, Until
-from thrifty.engine import Embeddings
+from thrifty.engine import Embeddings, Scores
 from thrifty.engines.finishing import THINK
 from thrifty.engines.generation import check_call, labels_for, stamped
-from thrifty.engines.local import embedded
+from thrifty.engines.local import embedded, score
 from thrifty.engines.local.branch import LocalBranch
 from thrifty.engines.local.embedder import Embedder
 from thrifty.engines.local.family import Family
@@ -48,7 +48,9 @@ AHEAD = 8
 """Tokens that a stream may be drawn ahead of the caller who takes it."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-_PROVIDES = frozenset({"text", "sampling", "logprobs", "continue", "branch", "logits", "hidden", "attention", "cache"})
+_PROVIDES = frozenset(
+    {"text", "sampling", "logprobs", "score", "continue", "branch", "logits", "hidden", "attention", "cache"}
+)
 
 
 class LocalEngine:
@@ -183,6 +185,12 @@ class LocalEngine:
     async def embed(self, texts: Sequence[str], account: Account, labels: Labels) -> Embeddings:
         """Refused: a language model is no embedder."""
         raise Unsupported(f"model {self.model} makes no embeddings: use an embedder, such as local:minilm")
+
+    async def score(
+        self, texts: Sequence[str], account: Account, labels: Labels, context: str | Sequence[str] = ""
+    ) -> Scores:
+        """See `thrifty.engine.score`: one forward pass over each context and text, between other calls' steps."""
+        return await score.score(self, texts, account, labels, context)
 
     async def aclose(self) -> None:
         """Ends the model's thread; what still runs fails. Idempotent."""

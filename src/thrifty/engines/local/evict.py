@@ -64,7 +64,7 @@ def compact(store: Store, chosen: Sequence[Kept | None], rotation: Rotation, ren
         if kept is not None:
             keys, values, positions = _take(keys, kept), _take(values, kept), _take_positions(positions, kept)
         if view.index is None and kept is None:
-            keys, values = keys.clone(), values.clone()
+            keys, values, positions = keys.clone(), values.clone(), positions.clone()  # they may lie in a slot
         whole.keys[layer], whole.values[layer] = keys.contiguous(), values.contiguous()
         if positions.dim() == 2 and bool((positions == positions[0]).all()):
             positions = positions[0].clone()

@@ -2,16 +2,18 @@
 
 A `Store` belongs to one branch. Per layer it holds a list of segments (immutable runs of entries, shared by
 reference among forks; a layer may have its own length) and one open tail of at most `BLOCK` entries, which lives in
-a slot of the runner's `Tails` so that the tails of a batch can be read in one call. Invariants:
+a slot of the runner's `Tails` so that the tails of a batch can be read in one call. A tail that is full, or nearly so,
+becomes a block: a segment in a slot of its own, for the same reason. Invariants:
 
 * An entry, once in a segment, is never written again. Eviction replaces all segments by one compacted copy, or marks
   entries of that copy dead until the next compaction; marks are the branch's own and are replaced, never changed.
-* Appending a token writes one entry a layer and copies no history. A full tail seals into a segment (a copy of
-  `BLOCK` entries); `MERGE` small segments in a row become one, so a long generation has few of them. Both happen by
-  the branch's own length, whoever shares it: a fork never changes what its parent reads, nor its bits.
+* Appending a token writes one entry a layer and copies no history. A tail is sealed by one copy of at most `BLOCK`
+  entries; where one is sealed long before it is full, the copy is a small segment and no block, and `MERGE` of those
+  become one segment with the blocks among them. Both happen by the branch's own length, whoever shares it: a fork never
+  changes what its parent reads, nor its bits.
 * Entries carry their position (int64), because a kept entry keeps its place when others are evicted.
   `next_position` is logical: it does not shrink when entries are evicted (unless a policy renumbers).
-* `nbytes` counts what is held: whole segments, dead entries included, and whole tail blocks.
+* `nbytes` counts what is held: whole segments, dead entries included, and the whole slots of blocks and tails.
 """
 
 from __future__ import annotations
@@ -22,14 +24,18 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from thrifty.engines.local.pages import BLOCK as BLOCK
+from thrifty.engines.local.pages import NOTHING, Slot
+from thrifty.engines.local.pages import Tails as Tails
+
 if TYPE_CHECKING:
     from thrifty.policy import AttentionPolicy, CachePolicy
 
-BLOCK = 128
-"""Entries of an open tail, and about the most that a branch holds without reading them."""
+FULL = BLOCK - BLOCK // 8
+"""A tail of at least this many entries becomes a block: the rest of its slot is the slack that the contract allows."""
 
 MERGE = 8
-"""This many small segments in a row become one."""
+"""This many small segments become one."""
 
 
 class Segment:
@@ -38,23 +44,35 @@ class Segment:
     `keys[l]`, `values[l]`: `[H_kv, T_l, D]`; `positions[l]`: `[T_l]`, or `[H_kv, T_l]` where heads kept different
     entries. `lengths[l]` is `T_l`: while a prompt is prefilled in chunks, the part that is filled. `first` and `last`
     bound the positions; `contiguous` says that every layer holds all of them. `small` ones may be merged.
+    A block has the `slot` where its tensors lie, as views; it is given back when nobody references the block.
     """
 
-    __slots__ = ("keys", "values", "positions", "lengths", "capacity", "first", "last", "contiguous", "small")
+    __slots__ = ("keys", "values", "positions", "lengths", "capacity", "first", "last", "contiguous", "small", "slot")
 
     def __init__(self, layers: int, capacity: int, first: int = 0, small: bool = False) -> None:
-        self.keys: list[Tensor] = [_NOTHING] * layers
-        self.values: list[Tensor] = [_NOTHING] * layers
-        self.positions: list[Tensor] = [_NOTHING] * layers
+        self.keys: list[Tensor] = [NOTHING] * layers
+        self.values: list[Tensor] = [NOTHING] * layers
+        self.positions: list[Tensor] = [NOTHING] * layers
         self.lengths = [0] * layers
         self.capacity = capacity
         self.first, self.last = first, first + capacity - 1
         self.contiguous = True
         self.small = small
+        self.slot: Slot | None = None
+
+    @classmethod
+    def block(cls, slot: Slot, n: int) -> Segment:
+        """The first n entries of a slot that nobody writes any more."""
+        page, i = slot.page, slot.index
+        made = cls(len(page.keys), n, first=int(page.positions[i, 0]))
+        made.keys, made.values = [k[i, :, :n] for k in page.keys], [v[i, :, :n] for v in page.values]
+        made.positions, made.lengths = [page.positions[i, :n]] * len(page.keys), [n] * len(page.keys)
+        made.slot = slot
+        return made
 
     def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Put `[H_kv, n, D]` keys and values at `start`: used while the segment is filled, before anyone shares it."""
-        if self.keys[layer] is _NOTHING:
+        if self.keys[layer] is NOTHING:
             rounded = -(-self.capacity // 8) * 8  # so that the plan may cut it into equal parts
             self.keys[layer] = keys.new_zeros(keys.shape[0], rounded, keys.shape[2])
             self.values[layer] = values.new_zeros(values.shape[0], rounded, values.shape[2])
@@ -64,7 +82,7 @@ class Segment:
 
     def grow(self, length: int) -> None:
         """Say that every layer is filled up to `length`, at consecutive positions."""
-        if self.positions[0] is _NOTHING:
+        if self.positions[0] is NOTHING:
             device = self.keys[0].device
             self.positions = [torch.arange(self.first, self.last + 1, device=device)] * len(self.keys)
         self.lengths = [length] * len(self.keys)
@@ -85,85 +103,7 @@ class Segment:
     def tensors(self) -> Iterable[Tensor]:
         """Every tensor it holds, shared or not."""
         for group in (self.keys, self.values, self.positions):
-            yield from (t for t in group if t is not _NOTHING)
-
-
-class Page:
-    """Open tails of several branches side by side: per layer keys and values `[slots, H_kv, BLOCK, D]`."""
-
-    def __init__(self, layers: int, slots: int, device: torch.device, number: int = 0) -> None:
-        self.number = number
-        self.keys: list[Tensor] = [_NOTHING] * layers
-        self.values: list[Tensor] = [_NOTHING] * layers
-        self.whole: Tensor | None = None  # [2, L, slots, H_kv, BLOCK, D]: keys and values of layers that are alike
-        self.mixed = False
-        self.positions = torch.zeros(slots, BLOCK, dtype=torch.int64, device=device)
-        self.slots = slots
-        self.free = list(range(slots - 1, -1, -1))
-
-    def allocate(self, layer: int, heads: int, width: int, value_width: int, like: Tensor) -> None:
-        """Make the layer's slabs, if they are not there: views of one tensor where all layers are alike."""
-        if self.keys[layer] is not _NOTHING:
-            return
-        layers, shape = len(self.keys), (self.slots, heads, BLOCK)
-        if self.whole is None and not self.mixed and width == value_width:
-            self.whole = like.new_zeros(2, layers, *shape, width)
-        if self.whole is not None and self.whole.shape[2:] == (*shape, width) and width == value_width:
-            self.keys[layer], self.values[layer] = self.whole[0, layer], self.whole[1, layer]
-        else:
-            self.whole, self.mixed = None, True
-            self.keys[layer], self.values[layer] = like.new_zeros(*shape, width), like.new_zeros(*shape, value_width)
-
-    def slot_nbytes(self) -> int:
-        """Bytes of one slot over all layers."""
-        return sum(t.nbytes for t in (*self.keys, *self.values)) // self.slots + BLOCK * 8
-
-
-class Slot:
-    """One branch's place in a page. It is given back by `release`, or when the last reference goes."""
-
-    __slots__ = ("page", "index", "_taken")
-
-    def __init__(self, page: Page, index: int) -> None:
-        self.page, self.index, self._taken = page, index, True
-
-    def release(self) -> None:
-        """Give the place back; a second call does nothing."""
-        if self._taken:
-            self._taken = False
-            self.page.free.append(self.index)
-            self.page.free.sort(reverse=True)
-
-    def __del__(self) -> None:
-        self.release()
-
-
-class Tails:
-    """Gives out slots for open tails; pages are made when needed, and of the empty ones one is kept."""
-
-    def __init__(self, layers: int, device: torch.device, slots: int = 16) -> None:
-        self.layers, self.device, self.slots = layers, device, slots
-        self.pages: list[Page] = []
-        self.made = 0
-
-    def take(self) -> Slot:
-        """The lowest free slot."""
-        page = next((p for p in self.pages if p.free), None)
-        if page is None:
-            self.made += 1
-            page = Page(self.layers, self.slots, self.device, self.made)
-            self.pages.append(page)
-        return Slot(page, page.free.pop())
-
-    def trim(self) -> None:
-        """Drop empty pages but one."""
-        for page in [p for p in self.pages if len(p.free) == p.slots][1:]:
-            self.pages.remove(page)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all pages, free slots included."""
-        return sum(p.slot_nbytes() * p.slots for p in self.pages)
+            yield from (t for t in group if t is not NOTHING)
 
 
 class Store:
@@ -202,7 +142,7 @@ class Store:
 
     def length(self, layer: int = 0) -> int:
         """Entries physically held by one layer, dead ones included."""
-        return sum(s.lengths[layer] for s in self.segments) + self.tail
+        return sum([s.lengths[layer] for s in self.segments]) + self.tail
 
     def kept(self, layer: int = 0) -> int:
         """Entries that one layer's attention reads."""
@@ -232,7 +172,7 @@ class Store:
         twin.queries = list(self.queries)
         if self.tail and self.slot is not None:
             twin.slot, twin.tail = self.tails.take(), self.tail
-            _copy_tail(self.slot, twin.slot, self.tail)
+            self.slot.copy_to(twin.slot, self.tail)
         return twin
 
     def close(self) -> None:
@@ -248,23 +188,36 @@ class Store:
         return self.slot
 
     def seal(self) -> None:
-        """Turn the open tail into a segment, and merge small segments when there are `MERGE` of them."""
+        """Turn the open tail into a block, or into a small segment where it is far from full."""
         if not self.tail or self.slot is None:
             return
-        page, index, n = self.slot.page, self.slot.index, self.tail
-        segment = Segment(self.layers, n, first=int(page.positions[index, 0]), small=True)
-        segment.keys = [k[index, :, :n].clone() for k in page.keys]
-        segment.values = [v[index, :, :n].clone() for v in page.values]
-        segment.grow(n)
+        slot, n = self.slot, self.tail
         self.tail = 0
+        if n >= FULL:
+            place = self.tails.blocks.take()
+            slot.copy_to(place, n)
+            self.append(Segment.block(place, n))
+            return
+        page, i = slot.page, slot.index
+        segment = Segment(self.layers, n, first=int(page.positions[i, 0]), small=True)
+        segment.keys = [k[i, :, :n].clone() for k in page.keys]
+        segment.values = [v[i, :, :n].clone() for v in page.values]
+        segment.grow(n)
         self.append(segment)
 
     def append(self, segment: Segment) -> None:
-        """Add a filled segment after all others."""
+        """Add a filled segment after all others; the last `MERGE` small ones become one with the blocks among them."""
         self.segments.append(segment)
-        recent = self.segments[-MERGE:]
-        if len(recent) == MERGE and all(s.small for s in recent) and not self.marked:
-            self.segments[-MERGE:] = [join(recent)]
+        if not segment.small or self.marked:
+            return
+        small = 0
+        for i in range(len(self.segments) - 1, -1, -1):
+            if not self.segments[i].small and self.segments[i].slot is None:
+                return
+            small += self.segments[i].small
+            if small == MERGE:
+                self.segments[i:] = [join(self.segments[i:])]
+                return
 
     def snapshot(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """All entries of one layer in order: keys and values `[H_kv, T, D]`, positions `[T]` or `[H_kv, T]`,
@@ -284,6 +237,7 @@ class Store:
         """Put these segments in the place of everything held, the open tail and the marks included."""
         self.segments = segments
         self.alive, self.dead, self.tail = [None] * self.layers, [0] * self.layers, 0
+        self.tails.blocks.trim()
         if self.slot is not None:
             self.slot.release()
             self.slot = None
@@ -296,18 +250,21 @@ class Store:
 
 
 def nbytes(stores: Iterable[Store]) -> int:
-    """Bytes held by a set of branches: a shared tensor once, each open tail's whole block."""
+    """Bytes held by a set of branches: what is shared once, the whole slot of each block and open tail."""
     held: dict[int, int] = {}
-    tails = 0
+    slots: dict[tuple[int, int], int] = {}
     for store in stores:
-        tensors = [t for s in store.segments for t in s.tensors()]
-        tensors += [t for t in (*store.alive, *store.queries) if t is not None]
+        tensors = [t for t in (*store.alive, *store.queries) if t is not None]
+        for segment in store.segments:
+            if segment.slot is None:
+                tensors += segment.tensors()
         for tensor in tensors:
             storage = tensor.untyped_storage()
             held[storage.data_ptr()] = storage.nbytes()
-        if store.slot is not None:
-            tails += store.slot.page.slot_nbytes()
-    return sum(held.values()) + tails
+        for slot in (store.slot, *(s.slot for s in store.segments)):
+            if slot is not None:
+                slots[id(slot.page), slot.index] = slot.page.slot_nbytes()
+    return sum(held.values()) + sum(slots.values())
 
 
 def join(segments: Sequence[Segment]) -> Segment:
@@ -325,31 +282,18 @@ def join(segments: Sequence[Segment]) -> Segment:
     return whole
 
 
-_NOTHING = torch.empty(0)
 _Part = tuple[Tensor, Tensor, Tensor]
 
 
 def _concatenate(parts: list[_Part]) -> _Part:
     if not parts:
-        return _NOTHING, _NOTHING, _NOTHING
+        return NOTHING, NOTHING, NOTHING
     if len(parts) == 1:
         return parts[0]
     positions = [p[2] for p in parts]
     if any(p.dim() == 2 for p in positions):
         positions = [p.expand(parts[0][0].shape[0], -1) if p.dim() == 1 else p for p in positions]
     return torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1), torch.cat(positions, -1)
-
-
-def _copy_tail(source: Slot, target: Slot, n: int) -> None:
-    old, new, i, j = source.page, target.page, source.index, target.index
-    new.positions[j, :n] = old.positions[i, :n]
-    for layer, (keys, values) in enumerate(zip(old.keys, old.values, strict=True)):
-        new.allocate(layer, keys.shape[1], keys.shape[3], values.shape[3], keys)
-        if old.whole is None or new.whole is None:
-            new.keys[layer][j, :, :n] = keys[i, :, :n]
-            new.values[layer][j, :, :n] = values[i, :, :n]
-    if old.whole is not None and new.whole is not None:
-        new.whole[:, :, j, :, :n] = old.whole[:, :, i, :, :n]
 
 
 def _copied(value: Any) -> Any:

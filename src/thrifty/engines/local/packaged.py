@@ -42,6 +42,13 @@ MODELS: Mapping[str, PackagedModel] = {
         about="1.6M parameters, 1,024 tokens of context; thinks in <think> about generated problems",
         recipe="recipes/thinker",
     ),
+    "thinker-verifier": PackagedModel(
+        name="thinker-verifier",
+        kind="step verifier",
+        licence="Apache-2.0",
+        about="the thinker, taught to check its own thinking line by line; a scorer for think-prm, best-of-n and beam",
+        recipe="recipes/think_prm",
+    ),
 }
 
 

@@ -3,7 +3,8 @@
 A step's tokens meet their stores' entries in
 
 * one call for each segment, over all rows that reference it (their queries stacked: shared keys are read once);
-* one padded call for the open tails of all rows with one new token, and one for each row with several;
+* one call for each run of blocks side by side in a page, whichever rows they belong to;
+* one padded call a page for the open tails of all rows with one new token, and one for each row with several;
 * one causal call for each row whose new tokens become a segment of their own;
 
 and the partial results are merged by log-sum-exp in fp32. Query heads that share a key head are folded into rows, so
@@ -14,18 +15,27 @@ vectors, masks) is made once, not per layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from thrifty.engines.local.attend import Piece, Spec
-from thrifty.engines.local.dense import FEW, HIDDEN, MANY, causal, dense, hide
-from thrifty.engines.local.kv import Page, Segment, Store
-
-Partial = tuple[Tensor, Tensor]
-"""Outputs `[n, H_kv, G, Dv]` and log-sum-exps `[n, H_kv, G]`."""
+from thrifty.engines.local.dense import FEW, HIDDEN, MANY, dense, hide
+from thrifty.engines.local.kv import Segment
+from thrifty.engines.local.paged import (
+    Among,
+    LongTail,
+    Partial,
+    Read,
+    Write,
+    block_calls,
+    page_of,
+    tail_calls,
+    tail_write,
+    unfolded,
+)
 
 
 class PackedPlan:
@@ -35,10 +45,11 @@ class PackedPlan:
         self._pieces = pieces
         self._size = pieces[-1].end
         self._calls: list[_Call] = []
-        self._writes: list[Callable[[int, Tensor, Tensor], None]] = []
+        self._writes: list[Write] = []
+        self._blocks: dict[int, Read] = {}
+        self._plans: dict[int | None, tuple[list[_Call], Tensor | None]] = {}
         self._plan_new_entries()
         self._plan_segments()
-        self._gather = _merge_table(self._calls, self._size, pieces[0].store.tails.device)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         for write in self._writes:
@@ -48,54 +59,70 @@ class PackedPlan:
         _, q_heads, size, width = queries.shape
         heads = self._heads(layer)
         grouped = queries[0].view(heads, q_heads // heads, size, width)
-        parts = [call.run(layer, grouped, spec) for call in self._calls]
-        if len(parts) == 1 and self._gather is None and spec.sinks is None and parts[0][0].shape[0] == size:
+        calls, gather = self._plan(spec.window)
+        parts = [call.run(layer, grouped, spec) for call in calls]
+        if len(parts) == 1 and gather is None and spec.sinks is None and parts[0][0].shape[0] == size:
             out = parts[0][0]
         else:
-            out = self._merged(parts, spec.sinks)
+            out = self._merged(parts, gather, spec.sinks)
         return out.to(queries.dtype).reshape(1, size, q_heads, -1)
 
     def _heads(self, layer: int) -> int:
         piece = self._pieces[0]
-        slabs = piece.segment.keys[layer] if piece.segment is not None else _page(piece.store).keys[layer]
+        slabs = piece.segment.keys[layer] if piece.segment is not None else page_of(piece.store).keys[layer]
         return slabs.shape[-3]
+
+    def _plan(self, window: int | None) -> tuple[list[_Call], Tensor | None]:
+        """The calls of layers with this window, and where each token's partial results are: made once a step."""
+        if not self._blocks:
+            window = None  # the other calls look at the window themselves
+        plan = self._plans.get(window)
+        if plan is None:
+            calls = [*self._calls, *block_calls(self._blocks.values(), window)]
+            plan = calls, _merge_table(calls, self._size, self._pieces[0].store.tails.device)
+            self._plans[window] = plan
+        return plan
 
     def _plan_new_entries(self) -> None:
         """Calls on open tails and on segments in the making, and the writes into both."""
-        singles: dict[int, list[Piece]] = {}
+        singles: list[Piece] = []
         for piece in self._pieces:
             if piece.segment is not None:
                 self._calls.append(_NewSegment(piece, piece.segment))
                 self._writes.append(_segment_write(piece, piece.segment))
             elif piece.end - piece.start > 1:
-                self._calls.append(_LongTail(piece))
-                self._writes.append(_tail_write(piece))
+                self._calls.append(LongTail(piece))
+                self._writes.append(tail_write(piece))
             else:
-                singles.setdefault(_page(piece.store).number, []).append(piece)
-        for group in singles.values():
-            self._calls.append(_Tails(group))
-            self._writes.append(_tail_write(group[0]) if len(group) == 1 else _tails_write(group))
+                singles.append(piece)
+        if singles:
+            calls, writes = tail_calls(singles)
+            self._calls += calls
+            self._writes += writes
 
     def _plan_segments(self) -> None:
-        """One call a segment, over the rows that read it; rows with marks of their own read it by themselves."""
+        """Who reads which segments and blocks; rows with marks of their own read their first segment by themselves."""
         readers: dict[tuple[int, int], tuple[Segment, list[Piece]]] = {}
         for piece in self._pieces:
             own = id(piece.store) if piece.store.marked else 0
             for i, segment in enumerate(piece.store.segments):
-                readers.setdefault((id(segment), 0 if i else own), (segment, []))[1].append(piece)
+                if segment.slot is not None and (i or not own):
+                    self._blocks.setdefault(id(segment), Read(segment)).add(piece, i)
+                else:
+                    readers.setdefault((id(segment), 0 if i else own), (segment, []))[1].append(piece)
             if piece.segment is not None and piece.offset:
                 readers[id(piece.segment), 0] = (piece.segment, [piece])
         for (_, own), (segment, pieces) in readers.items():
             self._calls.append(_Shared(segment, pieces, pieces[0].store.alive if own else None))
 
-    def _merged(self, parts: Sequence[Partial], sinks: Tensor | None) -> Tensor:
+    def _merged(self, parts: Sequence[Partial], gather: Tensor | None, sinks: Tensor | None) -> Tensor:
         """Partial results merged a token: `[S, H_kv, G, Dv]`."""
         outs, sums = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-        if self._gather is None:
+        if gather is None:
             outs, sums = outs.view(-1, self._size, *outs.shape[1:]), sums.view(-1, self._size, *sums.shape[1:])
         else:
-            outs = torch.cat([outs, outs.new_zeros(1, *outs.shape[1:])])[self._gather]
-            sums = torch.cat([sums, sums.new_full((1, *sums.shape[1:]), HIDDEN)])[self._gather]
+            outs = torch.cat([outs, outs.new_zeros(1, *outs.shape[1:])])[gather]
+            sums = torch.cat([sums, sums.new_full((1, *sums.shape[1:]), HIDDEN)])[gather]
         if sinks is None:
             weights = torch.softmax(sums, dim=0)
         else:
@@ -108,10 +135,14 @@ class PackedPlan:
 
 
 class _Call(Protocol):
-    """Attention of some tokens to some entries. `tokens`: the packed tokens its partial results are about, in order."""
+    """Attention of some tokens to some entries. `tokens`: the packed tokens its partial results are about, in order;
+    `ranks`: the order in which each token's are summed (blocks by their place in its history, the others before)."""
 
     @property
     def tokens(self) -> Sequence[int]: ...
+
+    @property
+    def ranks(self) -> Sequence[int]: ...
 
     def run(self, layer: int, grouped: Tensor, spec: Spec) -> Partial:
         """Queries `[H_kv, G, S, D]` of the whole step to this call's partial results."""
@@ -138,6 +169,7 @@ class _Shared:
             if LONG <= max(segment.lengths) < most:
                 self._parts = _parts(heads)
         self.tokens = self._own * self._parts
+        self.ranks = [-1] * len(self.tokens)
 
     def run(self, layer: int, grouped: Tensor, spec: Spec) -> Partial:
         segment, n = self._segment, len(self._own)
@@ -168,7 +200,7 @@ class _Shared:
         if self._parts > 1 and bias is None and start == 0 and -(-length // self._parts) * self._parts <= keys.shape[1]:
             return self._in_parts(folded, keys, values, length, n, spec)
         out, sums = dense(folded, keys[None, :, start:length], values[None, :, start:length], *spec.kernel(bias))
-        found = _unfolded(out, sums, n, group)
+        found = unfolded(out, sums, n, group)
         if self._parts == 1:
             return found
         blank = _nothing(grouped, n * (self._parts - 1), values.shape[-1])
@@ -216,81 +248,14 @@ LONG = 1024
 """A segment at least this long is cut into parts when few tokens read it."""
 
 
-class _Tails:
-    """The open tails of rows with one new token each, in one padded call over a range of their page's slots."""
-
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self.tokens = [p.start for p in pieces]
-        self._page = _page(pieces[0].store)
-        slots = [_index(p.store) for p in pieces]
-        first = self.tokens[0]
-        self._low, rows = min(slots), max(slots) + 1 - min(slots)
-        self._rows = rows
-        self._length = max(p.offset for p in pieces) + 1
-        self._offsets = [p.offset for p in pieces]
-        self._scatter: Tensor | None = None
-        self._select: Tensor | None = None
-        if slots != list(range(self._low, self._low + rows)) or self.tokens != list(range(first, first + rows)):
-            where, offsets = [first] * rows, [0] * rows  # slots of other branches in between read anything
-            for piece, slot in zip(pieces, slots, strict=True):
-                where[slot - self._low], offsets[slot - self._low] = piece.start, piece.offset
-            device = self._page.positions.device
-            self._scatter = torch.tensor(where, device=device)
-            self._select = torch.tensor([s - self._low for s in slots], device=device)
-            self._offsets = offsets
-        self._biases: dict[int | None, Tensor | None] = {}
-
-    def run(self, layer: int, grouped: Tensor, spec: Spec) -> Partial:
-        if self._scatter is None:
-            asked = grouped[:, :, self.tokens[0] : self.tokens[0] + self._rows]
-        else:
-            asked = grouped.index_select(2, self._scatter)
-        mine = slice(self._low, self._low + self._rows)
-        keys = self._page.keys[layer][mine, :, : self._length]
-        values = self._page.values[layer][mine, :, : self._length]
-        out, sums = dense(asked.permute(2, 0, 1, 3), keys, values, *spec.kernel(self._bias(spec.window, grouped.dtype)))
-        if self._select is None:
-            return out, sums
-        return out.index_select(0, self._select), sums.index_select(0, self._select)
-
-    def _bias(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """Bias `[R, 1, 1, T]`, or None where every row sees all that is read."""
-        window = window if window is not None and window < self._length else None
-        if window not in self._biases:
-            bias = None
-            if window is not None or len(set(self._offsets)) > 1:
-                device = self._page.positions.device
-                order = torch.arange(self._length, device=device)
-                at = torch.tensor(self._offsets, device=device)[:, None]
-                visible = order <= at if window is None else (order <= at) & (order > at - window)
-                bias = hide(visible, dtype)[:, None, None]
-            self._biases[window] = bias
-        return self._biases[window]
-
-
-class _LongTail:
-    """Several new tokens of one row that fit its open tail."""
-
-    def __init__(self, piece: Piece) -> None:
-        self._piece = piece
-        self.tokens = range(piece.start, piece.end)
-        self._among = _Among(piece.offset, piece.offset + piece.end - piece.start)
-
-    def run(self, layer: int, grouped: Tensor, spec: Spec) -> Partial:
-        piece = self._piece
-        page, slot = _page(piece.store), _index(piece.store)
-        length = piece.offset + piece.end - piece.start
-        keys, values = (t[layer][slot : slot + 1, :, :length] for t in (page.keys, page.values))
-        return self._among.run(grouped[:, :, piece.start : piece.end], keys, values, spec)
-
-
 class _NewSegment:
     """A row's new tokens among themselves, where they become (part of) a segment."""
 
     def __init__(self, piece: Piece, segment: Segment) -> None:
         self._piece, self._segment = piece, segment
         self.tokens = range(piece.start, piece.end)
-        self._among = _Among(0, piece.end - piece.start)
+        self.ranks = [-1] * len(self.tokens)
+        self._among = Among(0, piece.end - piece.start)
 
     def run(self, layer: int, grouped: Tensor, spec: Spec) -> Partial:
         piece = self._piece
@@ -299,38 +264,7 @@ class _NewSegment:
         return self._among.run(grouped[:, :, piece.start : piece.end], keys, values, spec)
 
 
-class _Among:
-    """Tokens at `[offset, length)` of consecutive entries, each seeing itself and those before it."""
-
-    def __init__(self, offset: int, length: int) -> None:
-        self._offset, self._length = offset, length
-        self._biases: dict[int | None, Tensor] = {}
-
-    def run(self, asked: Tensor, keys: Tensor, values: Tensor, spec: Spec) -> Partial:
-        heads, group, n, width = asked.shape
-        window = spec.window if spec.window is not None and spec.window < self._length else None
-        if self._offset == 0 and window is None:
-            flat = asked.reshape(1, heads * group, n, width)
-            out, sums = causal(flat, keys, values, spec.scale, spec.softcap)
-            return out.view(heads, group, n, -1).permute(2, 0, 1, 3), sums.view(heads, group, n).permute(2, 0, 1)
-        bias = self._biases.get(window)
-        if bias is None:
-            at = torch.arange(self._offset, self._length, device=asked.device)[:, None]
-            order = torch.arange(self._length, device=asked.device)
-            visible = order <= at if window is None else (order <= at) & (order > at - window)
-            bias = self._biases[window] = hide(visible, asked.dtype).repeat_interleave(group, dim=0)[None, None]
-        folded = asked.transpose(1, 2).reshape(1, heads, n * group, width)
-        out, sums = dense(folded, keys, values, *spec.kernel(bias))
-        return _unfolded(out, sums, n, group)
-
-
 # -- details ---------------------------------------------------------------------------------------------------
-
-
-def _unfolded(out: Tensor, sums: Tensor, n: int, group: int) -> Partial:
-    """From `[1, H_kv, n * G, Dv]` and `[1, H_kv, n * G]` to partial results."""
-    heads = out.shape[1]
-    return out.view(heads, n, group, -1).transpose(0, 1), sums.view(heads, n, group).transpose(0, 1)
 
 
 def _nothing(grouped: Tensor, n: int, width: int) -> Partial:
@@ -352,62 +286,25 @@ def _merge_table(calls: Sequence[_Call], size: int, device: torch.device) -> Ten
     everything = list(range(size))
     if all(len(c.tokens) % size == 0 and list(c.tokens) == everything * (len(c.tokens) // size) for c in calls):
         return None
-    places: list[list[int]] = [[] for _ in everything]
+    places: list[list[tuple[int, int]]] = [[] for _ in everything]
     at = 0
     for call in calls:
-        for token in call.tokens:
-            places[token].append(at)
+        for token, rank in zip(call.tokens, call.ranks, strict=True):
+            places[token].append((rank, at))
             at += 1
+    for mine in places:
+        mine.sort()  # which of a token's blocks lie in one page must not change its sums
     most = max(len(p) for p in places)
-    return torch.tensor([[p[i] if i < len(p) else at for p in places] for i in range(most)], device=device)
+    return torch.tensor([[p[i][1] if i < len(p) else at for p in places] for i in range(most)], device=device)
 
 
-def _segment_write(piece: Piece, segment: Segment) -> Callable[[int, Tensor, Tensor], None]:
+def _segment_write(piece: Piece, segment: Segment) -> Write:
     start, end, offset = piece.start, piece.end, piece.offset
 
     def write(layer: int, keys: Tensor, values: Tensor) -> None:
         segment.write(layer, offset, keys[:, start:end], values[:, start:end])
 
     return write
-
-
-def _tail_write(piece: Piece) -> Callable[[int, Tensor, Tensor], None]:
-    page, slot, start, end = _page(piece.store), _index(piece.store), piece.start, piece.end
-    offset, last = piece.offset, piece.offset + piece.end - piece.start
-    page.positions[slot, offset:last] = _range(piece.position, end - start, page.positions.device)
-
-    def write(layer: int, keys: Tensor, values: Tensor) -> None:
-        page.allocate(layer, keys.shape[0], keys.shape[2], values.shape[2], keys)
-        page.keys[layer][slot, :, offset:last] = keys[:, start:end]
-        page.values[layer][slot, :, offset:last] = values[:, start:end]
-
-    return write
-
-
-def _tails_write(pieces: Sequence[Piece]) -> Callable[[int, Tensor, Tensor], None]:
-    page = _page(pieces[0].store)
-    device = page.positions.device
-    slots = torch.tensor([_index(p.store) for p in pieces], device=device)
-    offsets = torch.tensor([p.offset for p in pieces], device=device)
-    page.positions[slots, offsets] = torch.tensor([p.position for p in pieces], device=device)
-    first, last = pieces[0].start, pieces[-1].start + 1
-    if last - first != len(pieces):
-        raise RuntimeError("rows with one new token must stand side by side in a step")
-
-    def write(layer: int, keys: Tensor, values: Tensor) -> None:
-        page.allocate(layer, keys.shape[0], keys.shape[2], values.shape[2], keys)
-        page.keys[layer][slots, :, offsets] = keys[:, first:last].transpose(0, 1)
-        page.values[layer][slots, :, offsets] = values[:, first:last].transpose(0, 1)
-
-    return write
-
-
-def _page(store: Store) -> Page:
-    return store.open_tail().page
-
-
-def _index(store: Store) -> int:
-    return store.open_tail().index
 
 
 def _range(start: int, n: int, device: torch.device) -> Tensor:

@@ -141,17 +141,18 @@ class Runner:
     def _job(self, row: Row) -> _Job:
         if (row.tokens is None) == (row.embeds is None):
             raise InvalidInput("a row needs tokens or embeds, and not both")
+        ids: list[int] | None = None
+        embeds = None
         if row.tokens is not None:
-            ids = torch.as_tensor(row.tokens, dtype=torch.int64, device=self.device)
-            total, shape = int(ids.numel()), ids.dim() == 1
-            if shape and total and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab:
+            shape = not isinstance(row.tokens, Tensor) or row.tokens.dim() == 1
+            ids = row.tokens.tolist() if isinstance(row.tokens, Tensor) else list(row.tokens)
+            total = len(ids) if shape else 0
+            if total and not 0 <= min(ids) <= max(ids) < self.vocab:
                 raise InvalidInput(
-                    f"token ids {int(ids.min())} to {int(ids.max())} were given: "
-                    f"this model's vocabulary has 0 to {self.vocab - 1}"
+                    f"token ids {min(ids)} to {max(ids)} were given: this model's vocabulary has 0 to {self.vocab - 1}"
                 )
-            embeds = None
         else:
-            ids, embeds = None, row.embeds
+            embeds = row.embeds
             total = 0 if embeds is None else embeds.shape[0]
             shape = embeds is not None and embeds.shape[1:] == self.embedding.weight.shape[1:]
         if not shape:
@@ -183,7 +184,8 @@ class Runner:
                 keep.extend(range(piece.start, piece.end))
             elif job.row.want == "last" and job.done == job.total:
                 keep.append(piece.end - 1)
-        positions = torch.cat([_range(p.position, p.end - p.start, self.device) for _, p in pieces])[None]
+        places = [at for _, p in pieces for at in range(p.position, p.position + p.end - p.start)]
+        positions = torch.tensor([places], device=self.device)
         states = any(job.row.hidden and job.done == job.total for job, _ in pieces)
         extra = {"output_hidden_states": True} if states else {}
         out = self.model(
@@ -211,13 +213,15 @@ class Runner:
 
     def _inputs(self, pieces: Sequence[tuple[_Job, Piece]]) -> dict[str, Tensor]:
         if all(job.ids is not None for job, _ in pieces):
-            ids = [job.ids[job.done - (p.end - p.start) : job.done] for job, p in pieces if job.ids is not None]
-            return {"input_ids": torch.cat(ids)[None]}
+            ids: list[int] = []
+            for job, piece in pieces:
+                ids += (job.ids or [])[job.done - (piece.end - piece.start) : job.done]
+            return {"input_ids": torch.tensor([ids], dtype=torch.int64, device=self.device)}
         parts = []
         for job, piece in pieces:
             mine = slice(job.done - (piece.end - piece.start), job.done)
             if job.ids is not None:
-                parts.append(self.embedding(job.ids[mine]))
+                parts.append(self.embed(job.ids[mine]))
             elif job.embeds is not None:
                 parts.append(job.embeds[mine].to(self.device, self.dtype))
         return {"inputs_embeds": torch.cat(parts)[None]}
@@ -244,9 +248,13 @@ class Runner:
     def _reads(self, store: Store, n: int) -> float:
         """Entries that n new tokens read, the mean over layers, windows honoured."""
         windows = self.windows or [None] * self.layers
+        if not store.cache:  # every layer holds as much
+            held = store.length()
+            each = {window: _visible(held, n, window) for window in set(windows)}
+            return sum(each[window] for window in windows) / self.layers
         cases: dict[tuple[int, int | None], int] = {}
         for layer, window in enumerate(windows):
-            case = (store.kept(layer) if store.cache else store.length(), window)
+            case = (store.kept(layer), window)
             cases[case] = cases.get(case, 0) + 1
         return sum(times * _visible(held, n, window) for (held, window), times in cases.items()) / self.layers
 
@@ -261,7 +269,7 @@ class _Job:
     __slots__ = ("row", "store", "ids", "embeds", "total", "segment", "done", "logits", "hidden", "unread")
 
     def __init__(
-        self, row: Row, ids: Tensor | None, embeds: Tensor | None, total: int, segment: Segment | None
+        self, row: Row, ids: list[int] | None, embeds: Tensor | None, total: int, segment: Segment | None
     ) -> None:
         self.row, self.store = row, row.store
         self.ids, self.embeds, self.total, self.segment = ids, embeds, total, segment
@@ -297,7 +305,3 @@ def _visible(held: int, n: int, window: int | None) -> int:
         return n * held + n * (n + 1) // 2
     short = max(0, window - held)
     return short * held + short * (short + 1) // 2 + (n - short) * window
-
-
-def _range(start: int, n: int, device: torch.device) -> Tensor:
-    return torch.arange(start, start + n, device=device)

@@ -93,8 +93,31 @@ class Scheduler:
         finally:
             self.drop(turns)
 
+    async def turn(self, branch: LocalBranch, job: Callable[[], Probe | None]) -> None:
+        """Does something with a branch's cache in a turn of its own, on the model's thread; a Probe that it returns has
+        ended, too, when this returns. Nothing is done for a branch that is closed by then."""
+        if branch.failure is not None:
+            raise branch.failure
+        made: list[Turn] = []
+
+        def start(tell: Told) -> None:
+            made.append(Turn(branch, 1, tell, job=job))
+            try:
+                self.begin(made)
+            except BaseException:
+                made.clear()
+                raise
+
+        try:
+            await told(start)
+        finally:
+            self.drop(made)
+
     def begin(self, turns: Sequence[Turn]) -> None:
-        """Gives leave to draw. Raises EngineError when a branch is already being stepped."""
+        """Gives leave to draw. Raises InvalidInput when a branch is already being stepped, or a tree of it is open."""
+        for turn in turns:
+            if turn.job is None:
+                turn.branch.no_tree()
         with self._wake:
             self._refuse_stopped()
             if any(turn.branch.busy for turn in turns):
@@ -241,6 +264,9 @@ class Scheduler:
         rows: list[tuple[Turn, Row]] = []
         for turn in turns:
             branch = turn.branch
+            if turn.job is not None:
+                self._do_job(turn, turn.job)
+                continue
             row = None
             try:
                 with branch.lock:
@@ -259,6 +285,21 @@ class Scheduler:
                 rows.append((turn, row))
         self._read(rows)
         self._draw([t for t in live if not t.over])
+
+    def _do_job(self, turn: Turn, job: Callable[[], Probe | None]) -> None:
+        branch = turn.branch
+        if branch.closed or branch.failure is not None:
+            self._over(turn, branch.failure)
+            return
+        try:
+            probe = job()
+            with branch.lock:
+                inner = self._probe(turn, None if branch.closed else probe)
+        except Exception as error:
+            self._failed(turn, error)
+        else:
+            if inner is None:
+                self._over(turn, None)
 
     def _fits(self, branch: LocalBranch) -> bool:
         """False, with finish reason `length`, when the model's context is full."""

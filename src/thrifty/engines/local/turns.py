@@ -21,12 +21,21 @@ Told: TypeAlias = Callable[["BaseException | None"], None]
 
 
 class Turn:
-    """Leave for one branch to draw `left` tokens. `told` hears the end, or what went wrong; `each` every token."""
+    """Leave for one branch to draw `left` tokens. `told` hears the end, or what went wrong; `each` every token.
 
-    __slots__ = ("branch", "left", "told", "each", "probe", "over", "running")
+    With a `job` that is done instead, once; a Probe that it returns is run before the end is told."""
 
-    def __init__(self, branch: LocalBranch, left: int, told: Told, each: Callable[[], None] | None = None) -> None:
-        self.branch, self.left, self.told, self.each = branch, left, told, each
+    __slots__ = ("branch", "left", "told", "each", "job", "probe", "over", "running")
+
+    def __init__(
+        self,
+        branch: LocalBranch,
+        left: int,
+        told: Told,
+        each: Callable[[], None] | None = None,
+        job: Callable[[], Probe | None] | None = None,
+    ) -> None:
+        self.branch, self.left, self.told, self.each, self.job = branch, left, told, each, job
         self.probe: Probe | None = None
         """while one runs, this turn waits for it"""
         self.over = False

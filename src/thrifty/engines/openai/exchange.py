@@ -177,7 +177,14 @@ class Exchange:
     def error(self, failure: Failure, path: str, bill: Bill) -> EngineError:
         """The failure as the caller sees it: one line without secrets, with what was spent."""
         failure.message = self.transport.failed(path, failure.message)
-        return EngineError(failure.message, bill.spend or None, bill.work or None)
+        return EngineError(
+            failure.message,
+            bill.spend or None,
+            bill.work or None,
+            status=failure.status,
+            wait=failure.wait,
+            timed_out=failure.timed_out,
+        )
 
     # -- one request -------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from thrifty.budget import Budget
 from thrifty.call import Call, Receipt
 from thrifty.context import Passages, passages
+from thrifty.engine import Embeddings
 from thrifty.errors import BudgetExceeded
 from thrifty.spend import Spend
 
@@ -58,11 +59,16 @@ async def score(call: Call, method: str, query: str, texts: Sequence[str]) -> Sc
 
     When the call as it stands still fits into its account, embedding must leave it that room; where it does
     not, fewer passages are its only chance, and embedding may take what there is. Raises BudgetExceeded."""
-    labels = replace(call.labels, method=method, role="embedder")
-    account = call.account.child(method, _leaving_room(call))
-    embedded = await call.engines["embedder"].embed([query, *texts], account, labels)
+    embedded = await embed(call, method, [query, *texts])
     vectors = embedded.vectors
     return Scored([float(x) for x in vectors[1:] @ vectors[0]], embedded.spend)
+
+
+async def embed(call: Call, method: str, texts: Sequence[str]) -> Embeddings:
+    """Unit vectors [N, D] of texts in one request, billed as `score` says. Raises BudgetExceeded."""
+    labels = replace(call.labels, method=method, role="embedder")
+    account = call.account.child(method, _leaving_room(call))
+    return await call.engines["embedder"].embed(list(texts), account, labels)
 
 
 async def keep_best(

@@ -57,7 +57,7 @@ class BestOfN(Search):
         if self.score == "verifier" and len(answers) > 1:
             verifier = Verifier(self.name, call, tokens=self.check_tokens, soft=True)
             accounts.append(verifier.account)
-            scores = [(await verifier.verdict(_said(a))).score for a in answers]
+            scores = [(await verifier.verdict(a)).score for a in answers]
         else:
             scores = [mean_confidence(a.logprobs) for a in answers]
         chosen = choose(answers, scores, self.pick, self.parse)
@@ -102,8 +102,3 @@ def choose(answers: Sequence[Answer], scores: Sequence[float], pick: str, parse:
         key = i if said[i] is None else said[i]
         sums[key] = sums.get(key, 0.0) + scores[i]
     return max(pool, key=lambda i: (sums[i if said[i] is None else said[i]], scores[i], -i))
-
-
-def _said(answer: Answer) -> str:
-    """What of an answer a verifier sees."""
-    return answer.text if answer.text.strip() else answer.thinking

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,22 +12,15 @@ from thrifty.budget import Account
 from thrifty.call import Answer, Call, Receipt
 from thrifty.errors import BudgetExceeded, InvalidInput
 from thrifty.method import Next, Search, knob
+from thrifty.methods.search._branches import can_branch
 from thrifty.methods.search._draw import draw_samples
-from thrifty.methods.search._samples import conclude, counts, tell, vote_of, votes_of, winner_of
+from thrifty.methods.search._running import Cell, RunningTrace
+from thrifty.methods.search._samples import conclude, counts, sample_call, tell, vote_of, votes_of, winner_of
 from thrifty.methods.search._scoring import ROLES
 from thrifty.methods.search._verifier import Verifier
 from thrifty.methods.search.best_of_n import choose
 from thrifty.spend import Spend, Work
 from thrifty.thinking import CLOSING, OPENING, check_tags, left_open
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One prediction: of trace `trace`, cut at `depth` of H (H: not cut)."""
-
-    trace: int
-    depth: int
-    answer: Answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +35,11 @@ class FracturedSampling(Search):
     because few engines show the tokens of their thinking. A trace without a thinking block, an engine that cannot
     continue an answer, or a call that drafts first leaves the axis of traces alone, and the receipt says so.
 
-    `depths = solutions = 1` is plain sampling with a vote. The paper's 20% saving is for stopping along the depths of a
-    trace that is still running; `agree` stops after the trace, and so saves solutions only."""
+    `every` > 0 reads traces while they run, one after another, on an engine with branches: at each `every` tokens of
+    thinking, `depths` - 1 times at most, forks of the trace close it there and answer, and the trace goes on untouched.
+    With `agree` that is the paper's early stop: once an answer has that many votes the trace is stopped and paid as far
+    as it went, and no further one begins. How far apart the depths of a trace of unknown length are, and that traces
+    vote together, is ours. `depths = solutions = 1` is plain sampling with a vote."""
 
     name = "fractured-sampling"
     paper = "Fractured Chain-of-Thought Reasoning (Liao et al. 2025, arXiv:2505.12992)"
@@ -57,6 +54,7 @@ class FracturedSampling(Search):
     top_p: float = knob(0.95, "of all samples", low=0.01, high=1.0)
     select: str = knob("majority", "who chooses among the cells", choices=("majority", "verifier"))
     agree: int = knob(0, "votes for one answer after which no more is drawn; 0: draw all", low=0, high=100_000)
+    every: int = knob(0, "tokens between the depths of a running trace; 0: whole ones are cut", low=0, high=1_000_000)
     check_tokens: int = knob(1024, "tokens of one check by the verifier", low=1, high=100_000, log=True)
     opening: str = knob(OPENING, "what opens a thinking block")
     closing: str = knob(CLOSING, "what closes it")
@@ -70,9 +68,7 @@ class FracturedSampling(Search):
         if self.traces == self.depths == self.solutions == 1:
             return await next(call.with_receipt(Receipt(self.name, False, "one cell: plain sampling", 1, 1, "samples")))
         asked = call.with_sampling(top_p=self.top_p)
-        drawn = await draw_samples(asked, next, self.traces, self.temperature)
-        run = _Run([Cell(i, self.depths, a) for i, a in enumerate(drawn.answers)], list(drawn.accounts))
-        await self._cut(asked, next, run)
+        run = await (self._follow if self._follows(call, next) else self._draw)(asked, next)
         answers = [cell.answer for cell in run.cells]
         chosen = winner_of(votes_of(answers))
         spend, work = Spend(), Work()
@@ -80,7 +76,7 @@ class FracturedSampling(Search):
         if self.select == "verifier" and len(answers) > 1:
             verifier = Verifier(self.name, call, tokens=self.check_tokens, soft=True)
             run.accounts.append(verifier.account)
-            scores = [(await verifier.verdict(a.text if a.text.strip() else a.thinking)).score for a in answers]
+            scores = [(await verifier.verdict(a)).score for a in answers]
             chosen = choose(answers, scores, "best")
             run.notes += [note] if (note := verifier.note()) else []
             detail |= verifier.detail()
@@ -89,8 +85,8 @@ class FracturedSampling(Search):
         cell = run.cells[chosen]
         said = f"{len(answers)} of {planned} cells, from trace {cell.trace} at depth {cell.depth} of {self.depths}"
         detail |= {
-            "traces": len(drawn.answers),
-            "cut": len(answers) - len(drawn.answers),
+            "traces": run.begun,
+            "cut": len(answers) - run.whole,
             "votes": sorted(counts(votes_of(answers)).values(), reverse=True),
         }
         own = Receipt(
@@ -104,7 +100,86 @@ class FracturedSampling(Search):
             work=work,
             detail=detail,
         )
-        return await tell(call, conclude(call, cell.answer, answers, run.accounts, own))
+        return await tell(call, conclude(call, cell.answer, [*answers, *run.stopped], run.accounts, own))
+
+    # -- traces that run ---------------------------------------------------------------------------------------
+
+    def _follows(self, call: Call, next: Next) -> bool:
+        return self.every > 0 and self.depths > 1 and call.draft is None and can_branch(call, next)
+
+    async def _follow(self, call: Call, next: Next) -> _Run:
+        """Reads each trace while it runs, until answers agree."""
+        account = call.account.child("running")
+        run = _Run([], [account])
+        seed = random.getrandbits(31) if call.sampling.seed is None else call.sampling.seed
+        for _ in range(self.traces):
+            if self._agreed(run):
+                break
+            try:
+                row = await next.open(sample_call(call, run.begun, account, self.temperature))
+            except BudgetExceeded as error:
+                if call.on_exceed == "refuse" or not run.begun:
+                    raise
+                run.notes.append(f"the budget ({error.resource}) held no more")
+                break
+            trace = RunningTrace(row, account, f"{self.closing}\n\n", self.solution_tokens, seed)
+            try:
+                await self._read(call, trace, run)
+            finally:
+                trace.close()
+        if self._agreed(run):
+            run.notes.append(f"{self.agree} cells agree")
+        return run
+
+    async def _read(self, call: Call, trace: RunningTrace, run: _Run) -> None:
+        """The cells of one trace, to its end or until answers agree."""
+        index, run.begun = run.begun, run.begun + 1
+        for depth in range(1, self.depths):
+            if not await trace.to(depth * self.every):
+                break
+            found = await self._cells(call, trace, run, self.solutions)
+            if found is None:
+                break
+            run.cells += [Cell(index, depth, a) for a in found]
+            if self._agreed(run):
+                run.notes.append(f"trace {index} was stopped at depth {depth}, after {trace.thought} thinking tokens")
+                run.stopped.append(await trace.stop())
+                return
+        more = self.solutions - 1
+        more = more if trace.affords(more) or call.on_exceed == "refuse" else 0
+        try:
+            found = await trace.end(1 + more, self.traces + len(run.cells))
+        except BudgetExceeded:
+            if call.on_exceed == "refuse":
+                raise
+            found = await trace.end(1, 0)
+        run.cells += [Cell(index, self.depths, a) for a in found]
+        run.whole += 1
+
+    async def _cells(self, call: Call, trace: RunningTrace, run: _Run, n: int) -> list[Answer] | None:
+        """n answers from where a trace is; None, with a note, where the budget has no more room for them."""
+        if call.on_exceed == "degrade" and not trace.affords(n):
+            run.notes.append("what was left of the budget is the trace's own")
+            return None
+        try:
+            return await trace.read(n, self.traces + len(run.cells))
+        except BudgetExceeded as error:
+            if call.on_exceed == "refuse":
+                raise
+            run.notes.append(f"the budget ({error.resource}) held no more forks")
+            return None
+
+    # -- whole traces ------------------------------------------------------------------------------------------
+
+    async def _draw(self, call: Call, next: Next) -> _Run:
+        """Draws whole traces and cuts them."""
+        drawn = await draw_samples(call, next, self.traces, self.temperature)
+        run = _Run([Cell(i, self.depths, a) for i, a in enumerate(drawn.answers)], list(drawn.accounts))
+        run.begun = run.whole = len(run.cells)
+        if self.every and self.depths > 1:
+            run.notes.append("no trace was read while it ran: what is below has no branches, or drafts first")
+        await self._cut(call, next, run)
+        return run
 
     async def _cut(self, call: Call, next: Next, run: _Run) -> None:
         """Draws the cells of every trace that are not its own answer, shallow ones first."""
@@ -166,6 +241,12 @@ class _Run:
     cells: list[Cell]
     accounts: list[Account]
     notes: list[str] = field(default_factory=list)
+    begun: int = 0
+    """traces begun"""
+    whole: int = 0
+    """of them those that ran to their end, whose own answer is a cell"""
+    stopped: list[Answer] = field(default_factory=list)
+    """what traces had written that were stopped early"""
 
 
 def cut_words(text: str, depth: int, depths: int) -> str:

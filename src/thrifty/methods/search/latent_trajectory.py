@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from thrifty.budget import Account
 from thrifty.call import Answer, Branch, Call, Receipt, advance
-from thrifty.errors import BudgetExceeded
+from thrifty.errors import BudgetExceeded, InvalidInput, PlanError
 from thrifty.method import Next, Search, knob
 from thrifty.methods.search._branches import Tree, add_forks, can_branch, short_of, to_the_end, without_shared
+from thrifty.methods.search._forest import load
 from thrifty.methods.search._samples import conclude, how_many_fit, sample_call, shares, tell, votes_of, winner_of
 from thrifty.methods.search._trajectory import SIGNALS, ReadTrajectory, Signals, Traces
 
@@ -27,9 +28,11 @@ class LatentTrajectory(Search):
     or the length of the way, shorter being better (`cumulative`, whose score is negative), each averaged over layers.
     A trace of fewer than two segments has no signal and is accepted by none; a shorter last segment does not count.
 
-    The threshold is the model's and the task's: find it with `choose_threshold` on traces that were scored. The paper's
-    early selection asks a random forest trained on all three signals of a prefix; ours takes one signal, and needs no
-    training. The prompt is prefilled once. When the budget is down to `keep` tokens, an early run ends at once."""
+    The threshold is the model's and the task's: find it with `choose_threshold` on traces that were scored. With
+    `signal = "forest"` the score is the chance that a trace is correct, by a random forest over all three signals, as
+    the paper selects early; `forest` is the file that recipes/latent_trajectory/train.py writes for a model, a segment
+    and a prefix (0: whole traces, for "accept"), and none but these are taken. The prompt is prefilled once.
+    When the budget is down to `keep` tokens, an early run ends at once."""
 
     name = "latent-trajectory"
     paper = (
@@ -41,7 +44,9 @@ class LatentTrajectory(Search):
 
     samples: int = knob(5, "traces at most", low=1, high=256, log=True)
     mode: str = knob("accept", "accept one by one, or choose early", choices=("accept", "early"))
-    signal: str = knob("aligned", "which signal", choices=SIGNALS)
+    signal: str = knob("aligned", "which signal, or a forest over all", choices=(*SIGNALS, "forest"))
+    forest: str = knob("", "file of a trained forest, for signal = 'forest'")
+    sha256: str = knob("", "how the forest's SHA-256 must begin; empty: not checked")
     threshold: float = knob(0.5, "the score that is accepted", low=-1e9, high=1e9)
     segment: int = knob(500, "tokens of a segment", low=1, high=100_000, log=True)
     prefix: int = knob(2000, "tokens of each trace before one is chosen early", low=1, high=1_000_000, log=True)
@@ -49,7 +54,41 @@ class LatentTrajectory(Search):
     parse: str = knob("auto", "what of an answer votes", choices=("auto", "number", "text"))
     keep: int = knob(64, "tokens that an early run leaves for the chosen trace", low=0, high=100_000)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.signal != "forest":
+            return
+        if not self.forest:
+            raise InvalidInput(f"{self.name}: signal = 'forest' needs knob forest: the file of a trained one")
+        found, prefix = load(self.name, self.forest, self.sha256), self.prefix if self.mode == "early" else 0
+        if (found.segment, found.prefix) != (self.segment, prefix) or set(found.features) - set(SIGNALS):
+            raise InvalidInput(
+                f"{self.name}: {self.forest}: trained on segments of {found.segment} tokens, prefix {found.prefix} (0: "
+                f"whole traces), and mode {self.mode!r} has segment = {self.segment}, prefix {prefix}: set the knobs "
+                "to what it was trained on, or train another"
+            )
+
+    def score(self, signals: Signals) -> float:
+        """What a trace is judged by; higher is better."""
+        if self.signal != "forest":
+            return signals.score(self.signal)
+        trees = load(self.name, self.forest, self.sha256)
+        return trees([float(getattr(signals, name)) for name in trees.features])
+
+    def _check_model(self, call: Call) -> None:
+        """Raises PlanError when the forest was trained on another model: signals of two models are not comparable."""
+        engine = call.engines.get("answer")
+        if self.signal != "forest" or engine is None:
+            return
+        theirs = load(self.name, self.forest, self.sha256).model
+        if theirs and theirs != engine.model:
+            raise PlanError(
+                f"{self.name}: {self.forest} was trained on model {theirs} and the plan runs {engine.model}: train one "
+                "with recipes/latent_trajectory/train.py"
+            )
+
     async def __call__(self, call: Call, next: Next) -> Answer:
+        self._check_model(call)
         if self.samples == 1:
             own = Receipt(self.name, False, "one sample: nothing to choose", 1, 1, "samples")
             return await next(call.with_receipt(own))
@@ -82,7 +121,7 @@ class LatentTrajectory(Search):
                 signals.append(_signals(drawn, self.name))
                 answers.append(_without(drawn, self.name))
                 last = signals[-1]
-                accepted = last is not None and last.score(self.signal) >= self.threshold
+                accepted = last is not None and self.score(last) >= self.threshold
             await tree.done()
         finally:
             tree.close()
@@ -114,7 +153,7 @@ class LatentTrajectory(Search):
             add_forks(rows, call, 1, n - 1, call.sampling.seed or 0)
             tight = await self._run(rows, account, call.on_exceed == "degrade")
             signals = [traces.of(row).signals() for row in rows]
-            chosen = best_of(signals, self.signal)
+            chosen = best_of([None if s is None else self.score(s) for s in signals])
             for i, row in enumerate(rows):
                 if i != chosen:
                     row.close()
@@ -151,15 +190,21 @@ class LatentTrajectory(Search):
         known = sum(s is not None for s in signals)
         parts = [f"{len(signals)} of {self.samples} traces, {known} with a signal; {why}"]
         parts += [f"{unused} fork kept ready and not needed"] if unused else []
-        scores = [None if s is None else round(s.score(self.signal), 6) for s in signals]
+        scores = [None if s is None else round(self.score(s), 6) for s in signals]
         fired = bool(known) and (acted or len(signals) > 1)
-        detail = {"scores": scores, "chosen": chosen}
+        detail: dict[str, object] = {"scores": scores, "chosen": chosen}
+        if self.signal == "forest":
+            detail["forest"] = load(self.name, self.forest, self.sha256).digest
         return Receipt(self.name, fired, "; ".join(parts), self.samples, len(signals), "samples", detail=detail)
 
 
-def best_of(signals: Sequence[Signals | None], signal: str) -> int:
-    """The index of the best score; the first of equals, and 0 when none has a signal."""
-    known = [(s.score(signal), -i) for i, s in enumerate(signals) if s is not None]
+def best_of(scores: Sequence[float | None]) -> int:
+    """The index of the best score; the first of equals, and 0 when none has one.
+
+    >>> best_of([None, 0.5, 0.7, 0.7]), best_of([None, None])
+    (2, 0)
+    """
+    known = [(score, -i) for i, score in enumerate(scores) if score is not None]
     return -max(known)[1] if known else 0
 
 

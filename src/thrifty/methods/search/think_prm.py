@@ -10,7 +10,8 @@ from thrifty.errors import InvalidInput
 from thrifty.method import Next, Search, knob
 from thrifty.methods.search._draw import draw_samples
 from thrifty.methods.search._samples import conclude, tell, votes_of, winner_of
-from thrifty.methods.search._verifier import ROLE, Verdict, Verifier, read_chain
+from thrifty.methods.search._verifier import ROLE, Verdict, Verifier
+from thrifty.methods.search._wording import WORDINGS, read_chain
 from thrifty.methods.search.best_of_n import choose
 
 
@@ -24,14 +25,17 @@ class ThinkPRM(Search):
 
     P(yes) is read exactly where the scorer gives `logits` (all spellings of both words summed), from the probability
     of the word drawn where it gives `logprobs` and continues answers, and is 1 or 0 elsewhere, or with `read = "text"`.
-    A chain that says nothing that can be read counts for nothing; an answer without any readable chain scores 0.5; when
-    no answer has one, or the budget held no check, the majority of the answers decides, and the receipt says so and
-    that the method did not fire. Any engine can be the verifier: one trained for it (1,000 chains filtered by
-    `keep_chain`, as in the paper) or one that follows the instruction. Equal answers are checked once. Checks come
-    after all samples, from what these left of the budget, and are billed under this method's name.
+    A chain that says nothing that can be read counts for nothing; an answer without any readable chain, or one longer
+    than the verifier reads, scores 0.5; when no answer has one, or the budget held no check, the majority of the
+    answers decides, and the receipt says so and that the method did not fire. Equal answers are checked once. Checks
+    come after all samples, from what these left of the budget, and are billed under this method's name.
 
-    Verifier-guided search over steps is `beam` with `score = "verifier"`. The wording of the prompt and of the cue is
-    ours; the paper's labels, its last question and its score are kept."""
+    Any engine can be the verifier: one that follows the instruction (wording `boxed`), or one that was trained for it
+    (wording `lines`), such as `thinker-verifier`, which `recipes/think_prm` makes from the thinker's own labelled
+    traces. That one sees the thinking too; its chat template names its wording, and `rechecks` are not for it.
+
+    Verifier-guided search over steps is `beam` with `score = "verifier"`. The paper's labels, its last
+    question and its score are kept in `boxed`; its prompt and cue, and all of `lines` but the score, are ours."""
 
     name = "think-prm"
     paper = "Process Reward Models That Think (Khalifa et al. 2025, arXiv:2504.16828)"
@@ -46,6 +50,9 @@ class ThinkPRM(Search):
         4096, "tokens of one chain, or of one continuation, at most", low=1, high=100_000, log=True
     )
     check_temperature: float = knob(0.6, "of the chains, when there are several of one answer", low=0.01, high=10.0)
+    wording: str = knob(
+        "auto", "how the verifier is asked and read; auto: as its chat template says", choices=("auto", *WORDINGS)
+    )
     read: str = knob("probability", "how yes and no become a score", choices=("probability", "text"))
     pick: str = knob("weighted", "the highest score, or the highest sum of equal answers", choices=("best", "weighted"))
     temperature: float = knob(0.7, "of the samples", low=0.01, high=10.0)
@@ -65,10 +72,11 @@ class ThinkPRM(Search):
             temperature=self.check_temperature,
             soft=self.read == "probability",
             rechecks=self.rechecks,
+            wording=self.wording,
         )
         verdicts: list[Verdict] = []
         if len(answers) > 1:
-            verdicts = [await verifier.verdict(a.text if a.text.strip() else a.thinking) for a in answers]
+            verdicts = [await verifier.verdict(a) for a in answers]
         judged = any(v.understood for v in verdicts)
         if judged:
             chosen = choose(answers, [v.score for v in verdicts], self.pick, self.parse)
