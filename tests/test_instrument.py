@@ -29,10 +29,12 @@ def test_what_runs_it_is_there(name: str) -> None:
         module, _, function = found.runs.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
         return
-    _, verb, *words = found.runs.split()
     command: Any = typer.main.get_command(app)
-    options = {name for p in command.commands[verb].params for name in p.opts}
-    assert {word for word in words if word.startswith("--")} <= options
+    words = found.runs.split()[1:]
+    while words and hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    options = {name for p in command.params for name in p.opts}
+    assert all(word in options for word in words[::2]), "what is left are options and their values"
 
 
 def test_the_declarations_are_what_the_modules_hold() -> None:

@@ -204,7 +204,9 @@ def _specs(
     """Specifications of the engines by role; a model that was asked for answers in the place of the plans'. Raises
     InvalidInput for what cannot be read, before anything is loaded."""
     from thrifty.bench import suites
+    from thrifty.engines.local import packaged
     from thrifty.engines.spec import read
+    from thrifty.lab.suite import is_thinker
 
     used = list(plans)
     for name in names:
@@ -216,6 +218,8 @@ def _specs(
     roles = {role for plan in used for role in plan.needs()} - {"answer", "embedder"}
     others = model or DEFAULT_MODEL
     specs = {"answer": others, **dict.fromkeys(roles, others)}
+    if "scorer" in roles and is_thinker(others) and packaged.present("thinker-verifier"):
+        specs["scorer"] = "thinker-verifier"  # made from the thinker's own traces
     if any("embedder" in plan.needs() for plan in used):
         specs["embedder"] = embedder
     if judge is not None:

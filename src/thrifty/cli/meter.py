@@ -110,19 +110,20 @@ def profile(
         print_json({**found.to_dict(), "caps": caps, **_told(read)})
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("stage")
-    columns = ("calls", "input", "cached", "output", "reasoning", "tokens", "mean share", "pooled share", "rounds")
-    for column in columns:
+    total = found.total
+    parts = [name for name in ("input", "cached", "output", "reasoning") if getattr(total, name)]
+    table = Table()
+    table.add_column("stage", no_wrap=True)
+    for column in ("calls", *parts, "tokens", "mean share", "pooled share", "rounds"):
         table.add_column(column, justify="right")
     for row in found.stages:
-        s = row.spend
-        counts = (s.calls, s.input, s.cached, s.output, s.reasoning, s.tokens)
+        counts = (row.spend.calls, *(getattr(row.spend, name) for name in parts), row.spend.tokens)
         shares = f"{row.mean_share:.1%}", f"{row.pooled_share:.1%}"
-        table.add_row(row.stage, *(f"{n:,}" for n in counts), *shares, str(row.rounds))
+        table.add_row(escape(row.stage), *(f"{n:,}" for n in counts), *shares, str(row.rounds))
     Console().print(table)
-    total = found.total
     typer.echo(
         f"{found.tasks:,} tasks, {total.calls:,} calls, {total.tokens:,} tokens; input {_part(total.input, total)}"
     )
@@ -131,8 +132,8 @@ def profile(
     for row_ in caps:
         share = row_["saved"] / total.tokens if total.tokens else 0.0
         typer.echo(
-            f"{row_['stage']} ended after {row_['rounds']} rounds: {row_['saved']:,} tokens less ({share:.1%}), "
-            f"in {row_['runs']} runs; what those rounds were good for is not in the log"
+            f"{row_['stage']} with at most {row_['rounds']} rounds: {row_['saved']:,} tokens less ({share:.1%}); "
+            f"it went further in {row_['runs']} runs, and what for is not in the log"
         )
     _warn(read)
 

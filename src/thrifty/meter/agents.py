@@ -15,8 +15,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from thrifty.errors import InvalidInput
+from thrifty.instrument import Instrument
 from thrifty.meter.usage_log import CallRecord
 from thrifty.spend import Spend
+
+INSTRUMENT = Instrument(
+    name="agent-spending",
+    kind="analysis",
+    paper="How Do AI Agents Spend Your Money? Analyzing and Predicting Token Consumption in Agentic Coding Tasks",
+    runs="thrifty meter agents",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from thrifty.errors import InvalidInput
+from thrifty.instrument import Instrument
+
+INSTRUMENT = Instrument(
+    name="token-premium",
+    kind="analysis",
+    paper="Explaining and Mitigating Crosslingual Tokenizer Inequities",
+    runs="thrifty meter premium",
+)
 
 MULTIPLE = 128
 """Vocabularies are rounded to a multiple of this."""

@@ -14,9 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from thrifty.errors import InvalidInput, nearest
+from thrifty.instrument import Instrument
 from thrifty.meter.prices import PriceTable
 from thrifty.meter.usage_log import CallRecord
 from thrifty.spend import Spend
+
+INSTRUMENT = Instrument(
+    name="token-profile",
+    kind="analysis",
+    paper="Tokenomics: Quantifying Where Tokens Are Used in Agentic Software Engineering",
+    runs="thrifty meter profile",
+)
 
 CHATDEV: Mapping[str, str] = {
     "DemandAnalysis": "design",

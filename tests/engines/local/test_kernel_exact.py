@@ -88,7 +88,7 @@ def test_long_decoding_seals_and_merges(llama: Runner) -> None:
     for piece in tokens.split(20):
         own.append(grow(llama, [(store, piece)])[0])
     close(llama, torch.cat([o for o in own if o is not None]), tiny.stock(llama.model, tokens))
-    assert store.length() == 1400 and all(s.slot is not None for s in store.segments)
+    assert len(store.segments) < 5 and store.length() == 1400
     store.close()
 
 

@@ -8,7 +8,7 @@ becomes a block: a segment in a slot of its own, for the same reason. Invariants
 * An entry, once in a segment, is never written again. Eviction replaces all segments by one compacted copy, or marks
   entries of that copy dead until the next compaction; marks are the branch's own and are replaced, never changed.
 * Appending a token writes one entry a layer and copies no history. A tail is sealed by one copy of at most `BLOCK`
-  entries; where one is sealed long before it is full, the copy is a small segment and no block, and `MERGE` of those
+  entries; where it was not full and a block would waste too much, the copy is a small segment, and `MERGE` of those
   become one segment with the blocks among them. Both happen by the branch's own length, whoever shares it: a fork never
   changes what its parent reads, nor its bits.
 * Entries carry their position (int64), because a kept entry keeps its place when others are evicted.
@@ -30,9 +30,6 @@ from thrifty.engines.local.pages import Tails as Tails
 
 if TYPE_CHECKING:
     from thrifty.policy import AttentionPolicy, CachePolicy
-
-FULL = BLOCK - BLOCK // 8
-"""A tail of at least this many entries becomes a block: the rest of its slot is the slack that the contract allows."""
 
 MERGE = 8
 """This many small segments become one."""
@@ -188,12 +185,12 @@ class Store:
         return self.slot
 
     def seal(self) -> None:
-        """Turn the open tail into a block, or into a small segment where it is far from full."""
+        """Turn the open tail into a block, or into a small segment where the rest of a block would waste too much."""
         if not self.tail or self.slot is None:
             return
-        slot, n = self.slot, self.tail
+        slot, n, block = self.slot, self.tail, self._spares(self.tail)
         self.tail = 0
-        if n >= FULL:
+        if block:
             place = self.tails.blocks.take()
             slot.copy_to(place, n)
             self.append(Segment.block(place, n))
@@ -242,6 +239,11 @@ class Store:
             self.slot.release()
             self.slot = None
             self.tails.trim()
+
+    def _spares(self, n: int) -> bool:
+        """Whether the tail's n entries may be a block: what its blocks and its tail waste stays within an eighth."""
+        wasted = BLOCK - n + sum(BLOCK - s.capacity for s in self.segments if s.slot is not None)
+        return wasted == 0 or 8 * (wasted + BLOCK) <= min(self.length(layer) for layer in range(self.layers))
 
     @property
     def nbytes(self) -> int:
