@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORE := .venv-core
-EXTRAS := local,bench,tune,ray,ledger,prices,docs,test,lint,serve
+EXTRAS := local,bench,tune,ray,ledger,prices,docs,test,lint,serve,count
 
 ARITHMETIC := $(wildcard src/thrifty/bench/plans/arithmetic/*.toml) recipes/plans/budget-prompt.toml recipes/plans/no-thinking.toml
 

@@ -57,7 +57,7 @@ def stock_forward(model: Any, ids: list[int]) -> float:
 
 async def compressed(engine: LocalEngine, text: str, knobs: dict[str, Any]) -> tuple[float, Any]:
     """Seconds of the rewrite alone, and its receipt."""
-    method = PerplexityCompression(ratio=RATIO, least=1, **knobs)
+    method = PerplexityCompression(ratio=RATIO, **knobs)
     engines = {"answer": engine, "scorer": engine}
     asked = ({"role": "user", "content": QUESTION},)
     call = Call(asked, Account("bench"), context=(text,), engines=engines)

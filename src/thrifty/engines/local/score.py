@@ -48,6 +48,9 @@ POSITIONS = 32_768
 LOGITS = 2**25
 """Logits computed at once, at most (128 MiB in fp32)."""
 
+ROWS = 64
+"""Logits of so many tokens are normalised at once: what stays in a processor's cache takes half the time."""
+
 PIECE = 100_000
 """Characters that are tokenised at once; a longer text is cut at white space where there is some."""
 
@@ -324,19 +327,16 @@ class _Run:
     def _take(self, window: Window, logits: Tensor, before: Tensor | None) -> None:
         """Puts the new tokens' log-probabilities in place: `logits` [n, V] follow the tokens of the window, `before`
         [V] those in front of it."""
-        offset = window.new - window.start
-        if offset == 0 and before is None:  # nothing to read before the first
-            rows, new = logits[:-1], window.new + 1
-        elif offset == 0 and before is not None:
-            rows, new = torch.cat([before[None], logits[:-1]]), window.new
-        else:
-            rows, new = logits[offset - 1 : -1], window.new
-        if not len(rows):
-            return
-        wide = rows if rows.dtype == torch.float64 else rows.float()
-        ids = torch.tensor(self.ids[window.text][new : window.stop], device=wide.device)
-        chosen = wide.gather(1, ids[:, None])[:, 0] - wide.logsumexp(1)
-        self.found[window.text][new : window.stop] = chosen.double().cpu().numpy()
+        ids, found = self.ids[window.text], self.found[window.text]
+        first = window.new
+        if first == window.start:
+            if before is not None:  # else there is nothing to read before the first
+                found[first] = _chosen(before[None], ids[first : first + 1])[0]
+            first += 1
+        for at in range(first, window.stop, ROWS):
+            stop = min(at + ROWS, window.stop)
+            rows = logits[at - 1 - window.start : stop - 1 - window.start]
+            found[at:stop] = _chosen(rows, ids[at:stop])
 
     def _tokens(self, window: Window) -> list[int]:
         return self.ids[window.text][window.start : window.stop]
@@ -385,3 +385,10 @@ class _Run:
         longest = max(w.size for g in self.groups for w in g.windows)
         prefix = max(len(g.prefix) for g in self.groups)
         return prefix + max(longest, min(rows * longest, self.slice)) + BLOCK * min(rows, self.slice)
+
+
+def _chosen(logits: Tensor, ids: Sequence[int]) -> Any:
+    """Log-probabilities float64 [n] of n tokens under logits [n, V]; fp32 inside, fp64 for a model in it."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    asked = torch.tensor(ids, device=wide.device)
+    return (wide.gather(1, asked[:, None])[:, 0] - wide.logsumexp(1)).double().cpu().numpy()
