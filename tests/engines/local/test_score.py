@@ -18,6 +18,7 @@ from tiny_chat import make_folder
 from thrifty import Account, Budget, BudgetExceeded, EngineError, InvalidInput, Unsupported
 from thrifty.engine import Scorer, score
 from thrifty.engines.local import score as scoring
+from thrifty.engines.local import spans
 from thrifty.engines.local.engine import LocalEmbedder, LocalEngine
 from thrifty.engines.scripted import PROVIDES, ScriptedEngine
 from thrifty.ledger import MemoryLedger
@@ -66,7 +67,7 @@ async def test_each_token_has_the_log_softmax_of_stock(
 ) -> None:
     engine, model = double
     found = (await score(engine, [text], Account("t"), WHO, context)).texts[0]
-    start = scoring.start_of(engine.codec)
+    start = spans.start_of(engine.codec)
     expected = by_hand(model, start, tokens(engine, context), tokens(engine, text))
     assert start and found.logprobs.shape == expected.shape and not np.isnan(expected).any()
     np.testing.assert_allclose(found.logprobs, expected, atol=1e-6)  # stock rounds RMSNorm through fp32
@@ -75,7 +76,7 @@ async def test_each_token_has_the_log_softmax_of_stock(
 
 async def test_fp32_agrees_too(tiny_engine: LocalEngine, stock: Any) -> None:
     found = (await score(tiny_engine, [TEXT], Account("t"), WHO, "so: ")).texts[0]
-    start = scoring.start_of(tiny_engine.codec)
+    start = spans.start_of(tiny_engine.codec)
     expected = by_hand(stock, start, tokens(tiny_engine, "so: "), tokens(tiny_engine, TEXT))
     np.testing.assert_allclose(found.logprobs, expected, atol=2e-3)  # logits of this model reach 60
 
@@ -83,18 +84,19 @@ async def test_fp32_agrees_too(tiny_engine: LocalEngine, stock: Any) -> None:
 async def test_texts_of_several_contexts_come_back_in_their_order(double: tuple[LocalEngine, Any]) -> None:
     engine, model = double
     texts = ["one two", "", TEXT, "three", "one two"]
-    contexts = ["A.", "B.", "B.", "A.", ""]
+    contexts = ["Before: ", "A.", "A.", "Before: ", ""]
     scores = await score(engine, texts, Account("t"), WHO, contexts)
-    start = scoring.start_of(engine.codec)
+    start = spans.start_of(engine.codec)
     for text, context, found in zip(texts, contexts, scores.texts, strict=True):
         expected = by_hand(model, start, tokens(engine, context), tokens(engine, text)) if text else np.zeros(0)
         np.testing.assert_allclose(found.logprobs, expected, atol=1e-6)
     n = {t: len(tokens(engine, t)) for t in {*texts, *contexts}}
     p = {c: len(start) + n[c] for c in contexts}
+    assert p["A."] <= scoring.LEAD < p["Before: "]
     assert scores.spend.input == sum(n[t] + p[c] for t, c in zip(texts, contexts, strict=True) if t)
-    assert scores.spend.cached == p["A."] and scores.spend.calls == 1
-    assert scores.work.prefill == sum(n[t] for t in texts) + p["A."] + p["B."] + p[""]
-    assert scores.work.target_passes == 4 + 3
+    assert scores.spend.cached == p["Before: "] and scores.spend.calls == 1
+    assert scores.work.prefill == sum(n[t] for t in texts) + p["Before: "] + p["A."] + p[""]
+    assert scores.work.target_passes == 4 + 1, "one a text, and one for the context that two of them share"
 
 
 @pytest.mark.parametrize("context", ["", "Where? " * 20])
@@ -105,7 +107,7 @@ async def test_windows_read_what_they_say_and_score_each_token_once(
     text = "".join(f"line {i} says {i * i}; " for i in range(90))
     monkeypatch.setattr(engine.runner, "max_chunk", 50)  # slices end within windows
     scores = await score(engine, [text], Account("t"), WHO, context)
-    start, before = scoring.start_of(engine.codec), tokens(engine, context)
+    start, before = spans.start_of(engine.codec), tokens(engine, context)
     room = 512 - len(start) - len(before)
     assert len(tokens(engine, text)) > 2 * room
     expected = by_hand(model, start, before, tokens(engine, text), room)
@@ -126,33 +128,33 @@ async def test_a_context_that_is_too_long_loses_its_beginning(double: tuple[Loca
     engine, model = double
     context = "".join(f"{i} " for i in range(400))
     scores = await score(engine, ["and so on"], Account("t"), WHO, context)
-    start, before, text = scoring.start_of(engine.codec), tokens(engine, context), tokens(engine, "and so on")
+    start, before, text = spans.start_of(engine.codec), tokens(engine, context), tokens(engine, "and so on")
     kept = before[len(before) - (512 - len(start) - len(text)) :]
     assert scores.cut == len(before) - len(kept) > 0
     np.testing.assert_allclose(scores.texts[0].logprobs, by_hand(model, start, kept, text), atol=1e-6)
 
 
-def covers(text: str, spans: np.ndarray) -> bool:
+def covers(text: str, found: np.ndarray) -> bool:
     """Every character lies in a span, starts never fall, and no token reaches past the text."""
-    seen = {i for first, stop in spans for i in range(first, stop)}
-    starts = spans[:, 0].tolist()
-    return seen == set(range(len(text))) and starts == sorted(starts) and (spans[:, 1] <= len(text)).all()
+    seen = {i for first, stop in found for i in range(first, stop)}
+    starts = found[:, 0].tolist()
+    return seen == set(range(len(text))) and starts == sorted(starts) and (found[:, 1] <= len(text)).all()
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 @given(st.text(max_size=80))
 def test_spans_cover_the_text(tiny_parts: tuple[Any, Any], text: str) -> None:
-    codec = scoring.TextCodec(tiny_parts[1], frozenset())
-    ids, spans = scoring.encode(codec, text)
-    assert len(ids) == len(spans) and covers(text, spans)
+    codec = spans.TextCodec(tiny_parts[1], frozenset())
+    ids, found = spans.encode(codec, text)
+    assert len(ids) == len(found) and covers(text, found)
     if not any("\ud800" <= c <= "\udfff" for c in text):
         assert ids == codec.encode(text)
 
 
 def test_lone_surrogates_are_read_as_replacement_characters(tiny_parts: tuple[Any, Any]) -> None:
-    codec = scoring.TextCodec(tiny_parts[1], frozenset())
-    ids, spans = scoring.encode(codec, "a\ud800b")
-    assert ids == codec.encode("a\ufffdb") and covers("a\ud800b", spans)
+    codec = spans.TextCodec(tiny_parts[1], frozenset())
+    ids, found = spans.encode(codec, "a\ud800b")
+    assert ids == codec.encode("a\ufffdb") and covers("a\ud800b", found)
 
 
 async def test_a_long_text_without_a_space_is_read_in_bounded_memory(
@@ -171,12 +173,12 @@ async def test_a_long_text_without_a_space_is_read_in_bounded_memory(
 def test_long_texts_are_tokenised_in_pieces_that_join_at_white_space(
     tiny_parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "PIECE", 40)
-    codec = scoring.TextCodec(tiny_parts[1], frozenset())
-    ids, spans = scoring.encode(codec, TEXT)
-    assert ids == codec.encode(TEXT) and covers(TEXT, spans)
+    monkeypatch.setattr(spans, "PIECE", 40)
+    codec = spans.TextCodec(tiny_parts[1], frozenset())
+    ids, found = spans.encode(codec, TEXT)
+    assert ids == codec.encode(TEXT) and covers(TEXT, found)
     text = "x" * 1000
-    assert covers(text, scoring.encode(codec, text)[1])
+    assert covers(text, spans.encode(codec, text)[1])
 
 
 def _watched(forward: Any, sizes: list[int]) -> Any:
@@ -259,8 +261,9 @@ async def test_cancelled_in_the_middle_it_settles_what_was_read(
     assert all(len(page.free) == page.slots for page in engine.runner.tails.pages)
 
 
+@pytest.mark.parametrize(("context", "read"), [("", 20 + 20), ("x" * 25, 20 + 6)])
 async def test_a_failing_model_is_told_and_what_was_read_is_settled(
-    double: tuple[LocalEngine, Any], monkeypatch: pytest.MonkeyPatch
+    double: tuple[LocalEngine, Any], monkeypatch: pytest.MonkeyPatch, context: str, read: int
 ) -> None:
     engine, _ = double
     forward, calls = engine.runner.forward, 0
@@ -276,8 +279,8 @@ async def test_a_failing_model_is_told_and_what_was_read_is_settled(
     monkeypatch.setattr(engine.runner, "forward", failing)
     account = Account("t")
     with pytest.raises(EngineError, match="RuntimeError: out of luck"):
-        await score(engine, [TEXT], account, WHO)
-    assert not account.held and account.settled.input == 1 + 20 and account.settled.calls == 1
+        await score(engine, [TEXT], account, WHO, context)
+    assert not account.held and account.settled.input == read and account.settled.calls == 1
 
 
 async def test_generations_go_on_beside_it(double: tuple[LocalEngine, Any]) -> None:

@@ -26,10 +26,10 @@ from thrifty.budget import Account, Hold
 from thrifty.engine import Scores, TokenScores
 from thrifty.engines.generation import stamped
 from thrifty.engines.local.kv import BLOCK, Store
-from thrifty.engines.local.prompt import TextCodec
 from thrifty.engines.local.runner import Row, Runner
+from thrifty.engines.local.spans import encode, start_of
 from thrifty.engines.local.turns import Told, told
-from thrifty.errors import EngineError, ThriftyError, Unsupported
+from thrifty.errors import EngineError, ThriftyError
 from thrifty.ledger.entry import Labels
 from thrifty.spend import Spend, Work
 
@@ -45,14 +45,14 @@ OVERLAP = 16
 POSITIONS = 32_768
 """Of a model that states no limit."""
 
-LOGITS = 2**25
-"""Logits computed at once, at most (128 MiB in fp32)."""
+LEAD = 4
+"""Tokens before a text, such as the start alone, that are read with it."""
+
+LOGITS = 2**26
+"""Logits computed at once, at most (256 MiB in fp32)."""
 
 ROWS = 64
 """Logits of so many tokens are normalised at once: what stays in a processor's cache takes half the time."""
-
-PIECE = 100_000
-"""Characters that are tokenised at once; a longer text is cut at white space where there is some."""
 
 
 async def score(
@@ -80,56 +80,7 @@ async def score(
     return Scores(scored, spend, work, cut)
 
 
-# -- texts and windows -----------------------------------------------------------------------------------------
-
-
-def start_of(codec: TextCodec) -> list[int]:
-    """What stands before a whole text: the tokenizer's own special tokens, else its begin or end token, else nothing
-    (then a text's first token has no score)."""
-    bare, whole = codec.encode("a"), codec.encode("a", special=True)
-    if bare and bare[0] in whole[1:]:
-        return whole[: whole.index(bare[0])]
-    ends = (getattr(codec.tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
-    return next(([int(token)] for token in ends if token is not None), [])
-
-
-def encode(codec: TextCodec, text: str) -> tuple[list[int], Any]:
-    """Token ids of a text, and their spans int64 [n, 2] as `TokenScores` has them. Lone surrogates, as of invalid
-    UTF-8, are read as U+FFFD. Raises Unsupported for a tokenizer that does not tell where its tokens stand."""
-    backend = getattr(codec.tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise Unsupported(f"{type(codec.tokenizer).__name__} tells no offsets: a model with a fast tokenizer is needed")
-    ids: list[int] = []
-    spans: list[tuple[int, int]] = []
-    for at, piece in _pieces("".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)):
-        with codec._lock:
-            encoded = backend.encode(piece, add_special_tokens=False)
-        ids += encoded.ids
-        spans += [(at + first, at + stop) for first, stop in encoded.offsets]
-    return ids, _covering(spans, len(text))
-
-
-def _pieces(text: str) -> Iterator[tuple[int, str]]:
-    at = 0
-    while at < len(text):
-        stop = min(len(text), at + PIECE)
-        if stop < len(text):
-            space = max(text.rfind(" ", at + PIECE // 2, stop), text.rfind("\n", at + PIECE // 2, stop))
-            stop = space if space > 0 else stop
-        yield at, text[at:stop]
-        at = stop
-
-
-def _covering(spans: Sequence[tuple[int, int]], length: int) -> Any:
-    """Offsets as tokenizers give them leave out white space: each token takes what lies between it and the last."""
-    found = np.asarray(spans, dtype=np.int64).reshape(-1, 2)
-    if not len(found):
-        return found
-    found[:, 1] = np.maximum.accumulate(found[:, 1])
-    found[-1, 1] = length
-    before = np.concatenate([[0], found[:-1, 1]])
-    found[:, 0] = np.minimum(np.maximum.accumulate(found[:, 0]), before)
-    return found
+# -- windows ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +112,15 @@ def windows(text: int, n: int, room: int) -> Iterator[Window]:
         start, new = stop - overlap, stop
 
 
+def _parts(window: Window, first: int, most: int) -> Iterator[Window]:
+    """A window in slices: the first of `first` tokens, the others of `most`."""
+    at = window.start
+    while at < window.stop:
+        stop = min(window.stop, at + (first if at == window.start else most))
+        yield replace(window, start=at, new=max(window.new, at), stop=stop)
+        at = stop
+
+
 @dataclass(slots=True)
 class _Group:
     """Texts with one context. `prefix`: the start and the context's tokens."""
@@ -168,6 +128,16 @@ class _Group:
     prefix: list[int]
     texts: list[int] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
+
+    @property
+    def lead(self) -> list[int]:
+        """A prefix so short that each window reads it itself: a fork would cost more."""
+        return self.prefix if len(self.prefix) <= LEAD else []
+
+    @property
+    def shared(self) -> list[int]:
+        """A prefix that is read once."""
+        return [] if len(self.prefix) <= LEAD else self.prefix
 
     def lay_out(self, lengths: Sequence[int], positions: int, start: int) -> int:
         """Makes the windows. A context that leaves the texts less than they need, and less than a quarter of the
@@ -190,13 +160,16 @@ class _Run:
     def __init__(self, engine: LocalEngine, ids: list[list[int]], found: list[Any], groups: Sequence[_Group]) -> None:
         self.engine, self.ids, self.found, self.groups = engine, ids, found, groups
         self.runner: Runner = engine.runner
-        self.slice = max(16, min(self.runner.max_chunk, LOGITS // self.runner.vocab))
+        room = max(16, LOGITS // self.runner.vocab)
+        self.slice = min(self.runner.max_chunk, 1 << room.bit_length() - 1)  # odd sizes are slower to multiply
         self.spend, self.work = Spend(), Work()
         self.over = False
         self.prefix: Store | None = None
         self.open: list[Store] = []
         self.last: Tensor | None = None
         """logits [V] behind the prefix"""
+        self.fresh = False
+        """the prefix was read, and no window yet"""
         self.before: Tensor | None = None
         """logits [V] behind the slice before, of a window that takes several"""
 
@@ -263,70 +236,71 @@ class _Run:
 
     def _jobs(self) -> Iterator[Callable[[], None]]:
         """The slices in order: of each group its prefix, then its windows, short ones packed together."""
-        calls = 1
         for group in self.groups:
             yield self._free
-            size = len(group.prefix)
-            for at in range(0, size, self.slice):
-                yield partial(self._read_prefix, group.prefix[at : at + self.slice], at + self.slice >= size)
+            lead, shared = group.lead, group.shared
+            for at in range(0, len(shared), self.slice):
+                yield partial(self._read_prefix, shared[at : at + self.slice], at + self.slice >= len(shared))
             packed: list[Window] = []
-            first = True
-            for window in [*group.windows, None]:
-                full = packed and (window is None or sum(w.size for w in packed) + window.size > self.slice)
-                if full:
-                    yield partial(self._read_windows, packed, size, first, calls)
-                    packed, first, calls = [], False, 0
-                if window is None:
+            used = 0
+            for window in group.windows:
+                if len(lead) + window.size > self.slice:
+                    for part in _parts(window, self.slice - len(lead), self.slice):
+                        yield partial(self._read_part, part, lead if part.start == window.start else [], window)
                     continue
-                if window.size <= self.slice:
-                    packed.append(window)
-                    continue
-                for at in range(window.start, window.stop, self.slice):
-                    part = replace(window, start=at, new=max(window.new, at), stop=min(window.stop, at + self.slice))
-                    yield partial(self._read_slice, part, at == window.start, size, first, calls)
-                    first, calls = False, 0
+                if packed and used + len(lead) + window.size > self.slice:
+                    yield partial(self._read_windows, packed, lead)
+                    packed, used = [], 0
+                packed.append(window)
+                used += len(lead) + window.size
+            if packed:
+                yield partial(self._read_windows, packed, lead)
 
     def _read_prefix(self, tokens: list[int], final: bool) -> None:
         if self.prefix is None:
             self.prefix = self.runner.store()
-        row = Row(self.prefix, tokens, want="last" if final else "none", final=final)
-        output = self.runner.forward([row])[0]
+        output = self.runner.forward([Row(self.prefix, tokens, want="last" if final else "none", final=final)])[0]
         if final and output.logits is not None:
             self.last = output.logits[-1]
-        self.work += Work(len(tokens), self.runner.layers * output.kv_reads, int(final))
+        self.fresh = final
+        self._count(len(tokens), 0, output.kv_reads, int(final))
 
-    def _read_windows(self, packed: Sequence[Window], size: int, first: bool, calls: int) -> None:
+    def _read_windows(self, packed: Sequence[Window], lead: list[int]) -> None:
         """Whole windows in one forward pass."""
-        stores = [self._fork() for _ in packed]
-        rows = [Row(s, self._tokens(w), want="all") for s, w in zip(stores, packed, strict=True)]
-        outputs = self.runner.forward(rows)
-        for window, output in zip(packed, outputs, strict=True):
+        rows = [Row(self._fork(), lead + self._tokens(w), want="all") for w in packed]
+        for window, output in zip(packed, self.runner.forward(rows), strict=True):
             if output.logits is not None:
-                self._take(window, output.logits, self.last if window.start == 0 else None)
-            self._count(window, output.kv_reads, size, 0 if first else size, calls, passes=1)
-            first, calls = False, 0
+                before = output.logits[len(lead) - 1] if lead else self.last
+                self._take(window, output.logits[len(lead) :], before)
+            self._count(len(lead) + window.size, self._again(), output.kv_reads, 1)
         self._close()
 
-    def _read_slice(self, part: Window, begins: bool, size: int, first: bool, calls: int) -> None:
+    def _read_part(self, part: Window, lead: list[int], window: Window) -> None:
         """One slice of a window that is too long for one pass."""
+        begins = part.start == window.start
         if begins:
             self._close()
             self._fork()
-            self.before = self.last if part.start == 0 else None
-        output = self.runner.forward([Row(self.open[0], self._tokens(part), want="all")])[0]
+            self.before = self.last
+        output = self.runner.forward([Row(self.open[0], lead + self._tokens(part), want="all")])[0]
         if output.logits is not None:
-            self._take(part, output.logits, self.before)
+            before = output.logits[len(lead) - 1] if lead else self.before
+            self._take(part, output.logits[len(lead) :], before)
             self.before = output.logits[-1].clone()
-        shared = size if begins else 0
-        self._count(part, output.kv_reads, shared, 0 if first else shared, calls, passes=int(begins))
+        self._count(len(lead) + part.size, self._again() if begins else 0, output.kv_reads, int(begins))
 
-    def _count(self, window: Window, reads: int, prefix: int, cached: int, calls: int, passes: int) -> None:
-        self.spend += Spend(input=prefix + window.size, cached=cached, calls=calls)
-        self.work += Work(window.size, self.runner.layers * reads, passes)
+    def _again(self) -> int:
+        """Tokens of the prefix that a window has besides its own: none the first time, as they are billed already."""
+        fresh, self.fresh = self.fresh, False
+        return 0 if fresh or self.prefix is None else self.prefix.next_position
+
+    def _count(self, read: int, cached: int, reads: int, passes: int) -> None:
+        self.spend += Spend(input=read + cached, cached=cached, calls=0 if self.spend else 1)
+        self.work += Work(read, self.runner.layers * reads, passes)
 
     def _take(self, window: Window, logits: Tensor, before: Tensor | None) -> None:
         """Puts the new tokens' log-probabilities in place: `logits` [n, V] follow the tokens of the window, `before`
-        [V] those in front of it."""
+        [V] those in front of it; a window after the first has repeated some, and does not need it."""
         ids, found = self.ids[window.text], self.found[window.text]
         first = window.new
         if first == window.start:
@@ -366,16 +340,17 @@ class _Run:
 
     def _bill(self) -> Spend:
         """A context is input once for each window that follows it, all but the first time cached."""
-        read = sum(w.size for g in self.groups for w in g.windows)
-        prefixes = sum(len(g.prefix) * len(g.windows) for g in self.groups)
-        return Spend(input=read + prefixes, cached=prefixes - sum(len(g.prefix) for g in self.groups), calls=1)
+        read = sum(len(g.lead) + w.size for g in self.groups for w in g.windows)
+        once = sum(len(g.shared) for g in self.groups)
+        cached = sum(len(g.shared) * (len(g.windows) - 1) for g in self.groups)
+        return Spend(input=read + once + cached, cached=cached, calls=1)
 
     def _bound(self) -> Work:
         prefill = reads = passes = 0
         for group in self.groups:
-            p = len(group.prefix)
-            prefill += p + sum(w.size for w in group.windows)
-            reads += p * (p + 1) // 2 + sum(w.size * p + w.size * (w.size + 1) // 2 for w in group.windows)
+            p, sizes = len(group.shared), [len(group.lead) + w.size for w in group.windows]
+            prefill += p + sum(sizes)
+            reads += p * (p + 1) // 2 + sum(n * p + n * (n + 1) // 2 for n in sizes)
             passes += len(group.windows) + (p > 0)
         return Work(prefill, self.runner.layers * (reads + prefill), passes)
 

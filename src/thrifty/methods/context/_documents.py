@@ -1,6 +1,7 @@
 """The long texts of a call that may be made shorter, cut into runs of prose, data and code.
 
-A document is the call's `context`, or one long text of a user's message without its end, where the question stands.
+A document is the call's `context`, or one long text of a user's message without its question, which is taken to stand
+at its end, or, where that is a fenced block, at its beginning.
 What a document is follows from the message alone, so in a later turn it is the same one, and is shortened alike."""
 
 from __future__ import annotations
@@ -46,13 +47,14 @@ class Chunk:
 @dataclass(frozen=True, slots=True)
 class Document:
     """`pieces`: the passages of the context, or one piece of a message, each in chunks. `message`, `part`: where a
-    message's text stands (`part` None: its content is one text), `rest`: the end of that text, which stays."""
+    message's text stands (`part` None: its content is one text), `lead`, `rest`: its two ends, which stay."""
 
     pieces: tuple[tuple[Chunk, ...], ...]
     question: str
     ref: str
     message: int | None = None
     part: int | None = None
+    lead: str = ""
     rest: str = ""
 
     @property
@@ -84,27 +86,37 @@ def _of_message(at: int, message: Message, counter: Counter, least: int) -> list
     for j, text in texts:
         if counter.text(text) <= least:
             continue
-        last = (j, text) == texts[-1]
-        body, rest = split_question(text) if last else (text, "")
-        question = rest.strip() if last else split_question(text_of(message))[1].strip()
+        lead, body, rest = split_question(text) if (j, text) == texts[-1] else ("", text, "")
+        question = "".join(split_question(text_of(message))[::2]).strip()
         if body.strip():
-            found.append(Document((tuple(chunks(body)),), question, digest(body), at, j, rest))
+            found.append(Document((tuple(chunks(body)),), question, digest(body), at, j, lead, rest))
     return found
 
 
-def split_question(text: str) -> tuple[str, str]:
-    """A text without its last paragraph, and that; of one paragraph the last sentence; of one sentence nothing.
+def split_question(text: str) -> tuple[str, str, str]:
+    r"""What stays in front, what may be made shorter, what stays behind. That is the last paragraph; of one paragraph
+    the last sentence; of one sentence, and of data or code alone, nothing. Where a fenced block is the end, the first
+    paragraph stays instead.
 
-    >>> split_question("It rains. It pours.\\n\\nWhy?"), split_question("It rains. Why?"), split_question("aaa")
-    (('It rains. It pours.\\n\\n', 'Why?'), ('It rains. ', 'Why?'), ('aaa', ''))
+    >>> split_question("It rains. It pours.\n\nWhy?"), split_question("It rains. Why?")
+    (('', 'It rains. It pours.\n\n', 'Why?'), ('', 'It rains. ', 'Why?'))
+    >>> split_question("Why?\n\n```\nx = 1\n\ny = 2\n```\n")
+    ('Why?\n\n', '```\nx = 1\n\ny = 2\n```\n', '')
     """
+    if kind_of(text) != "text":
+        return "", text, ""
     paragraphs = _PARAGRAPH.findall(text)
-    if len(paragraphs) < 2:
-        paragraphs = sentences(text)
-    if len(paragraphs) < 2:
-        return text, ""
-    cut = len(text) - len(paragraphs[-1])
-    return text[:cut], text[cut:]
+    cut = len(text) - len(paragraphs[-1]) if paragraphs else 0
+    fences = [m.span() for m in _FENCE.finditer(text)]
+    if fences and fences[-1][1] > cut:
+        cut = fences[-1][1]
+        if not text[cut:].strip():
+            first = min(len(paragraphs[0]), fences[0][0])
+            return text[:first], text[first:], ""
+    elif len(paragraphs) < 2:
+        whole = sentences(text)
+        cut = len(text) - len(whole[-1]) if len(whole) > 1 else len(text)
+    return "", text[:cut], text[cut:]
 
 
 def chunks(text: str) -> list[Chunk]:
@@ -141,7 +153,8 @@ def kind_of(text: str) -> str:
                 continue
     if _PYTHON.search(text) and parsed(text) is not None:
         return "python"
-    return "braces" if _shorten_code.shorten_braces(text, lambda _: True, "") is not None else "text"
+    braces = _braced(core) and _shorten_code.shorten_braces(text, lambda _: True, "") is not None
+    return "braces" if braces else "text"
 
 
 def parsed(text: str) -> ast.Module | None:
@@ -163,7 +176,7 @@ def put(call: Call, changed: Sequence[tuple[Document, Sequence[str]]]) -> Call:
         if document.message is None:
             context = tuple(kept)
             continue
-        text = "".join(kept) + document.rest
+        text = document.lead + "".join(kept) + document.rest
         old: Mapping[str, Any] = messages[document.message]
         content: Any = text
         if document.part is not None:
@@ -208,8 +221,22 @@ def recalled(messages: Sequence[Message], ref: str, context: Sequence[str] = ())
     raise InvalidInput(f"ref {ref!r} names no long text of this conversation: give one that a mark shows")
 
 
+def _braced(text: str) -> bool:
+    """Most lines end as those of the C family do, and the first is no sentence: prose with data in it is none."""
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    ended = sum(line.endswith(("{", "}", ";", ",", "*/")) or line.startswith(("//", "/*", "*", "#")) for line in lines)
+    return (
+        len(lines) > 2
+        and not lines[0].endswith((".", "!", "?", ":"))
+        and ended * 5 >= len(lines) * 3
+        and _FENCE.search(text) is None
+    )
+
+
 def _bare(text: str, kind: str) -> Chunk:
-    """Without the empty lines around it."""
+    """Data without the empty lines around it; code as it stands."""
+    if not kind.startswith("json"):
+        return Chunk(text, kind)
     start = re.match(r"(?:[ \t]*\r?\n)*", text)
     front = start.end() if start else 0
     back = len(text.rstrip())

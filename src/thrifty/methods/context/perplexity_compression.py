@@ -218,7 +218,7 @@ class _Work:
         ]
         at, where = 0, []
         for part in parts:
-            while at < len(stops) - 1 and part.start >= stops[at]:
+            while at < len(stops) - 1 and part.stop > stops[at]:  # by its end: white space stands before a word
                 at += 1
             where.append(at)
         sums, counts = [0.0] * len(stops), [0] * len(stops)
