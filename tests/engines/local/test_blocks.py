@@ -240,7 +240,7 @@ def test_waste_is_an_eighth_or_one_block(loaded: Any, pieces: list[int]) -> None
 
 def test_small_segments_merge_with_the_blocks_among_them(llama: Runner) -> None:
     """Long forced texts seal tails early; a run of those becomes one segment, and nothing is lost or moved."""
-    sizes = [n for _ in range(9) for n in (100, 60, 68)]  # seals 100, then 128: a small segment and a block in turn
+    sizes = [n for _ in range(9) for n in (10, 120, 8)]  # seals 10, then 128: a small segment and a block in turn
     text = tiny.tokens(sum(sizes), 12)
     store, at, ours = llama.store(), 0, []
     for n in sizes:
