@@ -28,6 +28,11 @@ GAP = 4
 """This many slots that nobody asked for are read along rather than that a call is made in two."""
 
 
+EVEN = 8
+"""Queries of a block are padded to a multiple of this, so that the kernel's scratch of every thread begins at a multiple
+of 64 bytes. Else its products differ in their last bits with the thread that a slot falls to, and so with its place."""
+
+
 # -- blocks ----------------------------------------------------------------------------------------------------
 
 
@@ -113,13 +118,20 @@ class BlockCall:
         values = self.page.values[layer][mine, :, : self.length]
         asked = grouped.permute(2, 0, 1, 3).index_select(0, self._asked).view(-1, self.readers, heads, group, width)
         asked = asked.transpose(1, 2).reshape(-1, heads, self.readers * group, width)
+        spare = -asked.shape[2] % EVEN
+        bias = self._cut(grouped.dtype, group)
+        if spare:
+            asked = torch.cat([asked, asked[:, :, :1].expand(-1, -1, spare, -1)], dim=2)
+            bias = None if bias is None else torch.cat([bias, bias[:, :, :1].expand(-1, -1, spare, -1)], dim=2)
         if self._alike:
             asked = asked.expand(self.rows, -1, -1, -1)
-        out, sums = dense(asked, keys, values, *spec.kernel(self._cut(grouped.dtype, group)))
+        out, sums = dense(asked, keys, values, *spec.kernel(bias))
+        if spare:
+            out, sums = out[:, :, :-spare], sums[:, :, :-spare]
         if self._select is not None:
             out, sums = out.index_select(0, self._select), sums.index_select(0, self._select)
-        out = out.view(-1, heads, self.readers, group, out.shape[-1]).transpose(1, 2).flatten(0, 1)
-        return out, sums.view(-1, heads, self.readers, group).transpose(1, 2).flatten(0, 1)
+        out = out.reshape(-1, heads, self.readers, group, out.shape[-1]).transpose(1, 2).flatten(0, 1)
+        return out, sums.reshape(-1, heads, self.readers, group).transpose(1, 2).flatten(0, 1)
 
     def _cut(self, dtype: torch.dtype, group: int) -> Tensor | None:
         """What a window hides: `[R, 1, m * G, T]`."""
