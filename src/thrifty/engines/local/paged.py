@@ -29,7 +29,7 @@ GAP = 4
 
 
 EVEN = 8
-"""Queries of a block are padded to a multiple of this, so that the kernel's scratch of every thread begins at a multiple
+"""Queries of a block are padded to a multiple of this: then the kernel's scratch of every thread begins at a multiple
 of 64 bytes. Else its products differ in their last bits with the thread that a slot falls to, and so with its place."""
 
 
