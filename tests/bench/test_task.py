@@ -191,7 +191,7 @@ def test_a_datasets_folder(tmp_path: Path) -> None:
 
 
 def test_suites_by_name() -> None:
-    assert suites() == ("needles", "arithmetic", "thinker", "reasoning-gym:NAME")
+    assert suites() == ("needles", "arithmetic", "easy", "thinker", "reasoning-gym:NAME")
     assert [task.id for task in suite("needles", 2, 0)] == ["needles-0-0", "needles-0-1"]
     with pytest.raises(InvalidInput, match="unknown suite 'needels': did you mean 'needles'"):
         suite("needels", 2, 0)
