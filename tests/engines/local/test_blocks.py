@@ -157,6 +157,26 @@ def test_bits_do_not_depend_on_where_blocks_lie(llama: Runner) -> None:
     assert all(torch.equal(a, b) for a, b in zip(alone, crowded, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("crowd", [1, 3])
+def test_bits_do_not_depend_on_where_open_tails_lie(dtype: torch.dtype, crowd: int) -> None:
+    """Rows side by side in their page, and with the tails of other branches among them."""
+    llama = attach(tiny.model("Llama", dtype))
+    texts = [tiny.tokens(40, 20 + i) for i in range(5)]
+
+    def run(crowd: int) -> list[Tensor]:
+        stores, others = [], []
+        for text in texts:
+            stores.append(grown(llama, text))
+            others += [grown(llama, tiny.tokens(30, k)) for k in range(crowd)]
+        outs = [out for i in range(40) for out in read(llama, [(s, torch.tensor([5 + i])) for s in stores])]
+        for store in [*stores, *others]:
+            store.close()
+        return outs
+
+    assert all(torch.equal(a, b) for a, b in zip(run(0), run(crowd), strict=True))
+
+
 class KeepLast(CachePolicy):
     """The last n entries."""
 

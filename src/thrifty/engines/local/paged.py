@@ -28,11 +28,6 @@ GAP = 4
 """This many slots that nobody asked for are read along rather than that a call is made in two."""
 
 
-EVEN = 8
-"""Queries of a block are padded to a multiple of this: then the kernel's scratch of every thread begins at a multiple
-of 64 bytes. Else its products differ in their last bits with the thread that a slot falls to, and so with its place."""
-
-
 # -- blocks ----------------------------------------------------------------------------------------------------
 
 
@@ -118,16 +113,7 @@ class BlockCall:
         values = self.page.values[layer][mine, :, : self.length]
         asked = grouped.permute(2, 0, 1, 3).index_select(0, self._asked).view(-1, self.readers, heads, group, width)
         asked = asked.transpose(1, 2).reshape(-1, heads, self.readers * group, width)
-        spare = -asked.shape[2] % EVEN
-        bias = self._cut(grouped.dtype, group)
-        if spare:
-            asked = torch.cat([asked, asked[:, :, :1].expand(-1, -1, spare, -1)], dim=2)
-            bias = None if bias is None else torch.cat([bias, bias[:, :, :1].expand(-1, -1, spare, -1)], dim=2)
-        if self._alike:
-            asked = asked.expand(self.rows, -1, -1, -1)
-        out, sums = dense(asked, keys, values, *spec.kernel(bias))
-        if spare:
-            out, sums = out[:, :, :-spare], sums[:, :, :-spare]
+        out, sums = _anywhere(asked, keys, values, *spec.kernel(self._cut(grouped.dtype, group)))
         if self._select is not None:
             out, sums = out.index_select(0, self._select), sums.index_select(0, self._select)
         out = out.reshape(-1, heads, self.readers, group, out.shape[-1]).transpose(1, 2).flatten(0, 1)
@@ -196,7 +182,7 @@ class TailCall:
         mine = slice(self._low, self._low + self._rows)
         keys = self._page.keys[layer][mine, :, : self._length]
         values = self._page.values[layer][mine, :, : self._length]
-        out, sums = dense(asked, keys, values, *spec.kernel(self._bias(spec.window, grouped.dtype)))
+        out, sums = _anywhere(asked, keys, values, *spec.kernel(self._bias(spec.window, grouped.dtype)))
         if self._select is None:
             return out, sums
         return out.index_select(0, self._select), sums.index_select(0, self._select)
@@ -292,6 +278,25 @@ def tails_write(pieces: Sequence[Piece]) -> Write:
         page.values[layer][slots, :, offsets] = values[:, first:last].transpose(0, 1)
 
     return write
+
+
+def _anywhere(
+    asked: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None, softcap: float | None
+) -> Partial:
+    """`dense`, with the same bits for a slot whichever thread it falls to, and so wherever it lies.
+
+    The flash kernel gives each thread a scratch of (queries, at most 32) x (keys, at most 512, + head size + 2) floats,
+    one after the other. Those that do not begin at a multiple of 64 bytes give products that differ in their last bits
+    from those that do; bf16's do not. A few queries more, whose results are dropped, put them all there."""
+    rows = asked.shape[2]
+    unit = 16 if (keys.shape[2] + keys.shape[3]) % 2 else 8
+    spare = -rows % unit if rows < 32 and asked.dtype != torch.bfloat16 else 0
+    if spare:
+        asked = torch.cat([asked, asked[:, :, :1].expand(-1, -1, spare, -1)], dim=2)
+        if bias is not None and bias.shape[2] > 1:
+            bias = torch.cat([bias, bias[:, :, :1].expand(-1, -1, spare, -1)], dim=2)
+    out, sums = dense(asked.expand(keys.shape[0], -1, -1, -1), keys, values, scale, bias, softcap)
+    return out[:, :, :rows], sums[:, :, :rows]
 
 
 def page_of(store: Store) -> Page:
